@@ -1,0 +1,48 @@
+"""``axolotl mote ...``: one module per command, imported only when that command runs.
+
+Each module holds one ``click.Command`` named ``command``. Nothing here or at the top of those modules imports torch,
+so that ``axolotl mote --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+_COMMANDS = {
+    "build": "Write a chain data set: the model aligns itself on your questions.",
+    "stats": "Show amounts, lengths and diversity of a chain data set.",
+    "generate": "Answer a file of questions with a trained adapter.",
+    "chat": "Talk to a trained adapter; reasoning dimmed, answer plain.",
+    "export": "Write plain PEFT adapters, one per step, and a servable base model.",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that knows its commands' one-line helps without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"axolotl_mote.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_LazyGroup, name="mote", context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """MoTE: step-routed LoRA experts trained on self-written reasoning chains.
+
+    \b
+    Example, from questions to an aligned model:
+      axolotl mote build build.yml
+      axolotl train mote.yml
+      axolotl mote generate --adapter outputs/mote --input questions.jsonl --output chains.jsonl
+    """

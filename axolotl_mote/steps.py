@@ -1,0 +1,59 @@
+"""Names, order and marker strings of the steps of a reasoning chain.
+
+The vocabulary everything else is built on. It knows nothing about tensors, tokenizers or models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+QUESTION = "question"
+"""Name of everything before the first step; its id is 0 and it has no expert of its own."""
+
+DEFAULT_STEPS = ("analysis", "guidance", "response")
+CHECK = "check"
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
+
+
+def start_marker(step: str) -> str:
+    """The string of the token that opens a step: ``<|analysis|>``."""
+    return f"<|{step}|>"
+
+
+def end_marker(step: str) -> str:
+    """The string of the token that closes a step: ``<|/analysis|>``."""
+    return f"<|/{step}|>"
+
+
+def markers(steps: Sequence[str]) -> list[str]:
+    """All marker strings, start before end, in the order of the steps: 2 * len(steps) strings."""
+    return [marker(step) for step in steps for marker in (start_marker, end_marker)]
+
+
+def answer_step(steps: Sequence[str]) -> str:
+    """The step the user sees: the last one, or the one before a trailing ``check``."""
+    return steps[-2] if steps[-1] == CHECK else steps[-1]
+
+
+def validate_steps(steps: Sequence[str]) -> tuple[str, ...]:
+    """Check step names and return them as a tuple.
+
+    Raises:
+        ValueError: If a name is malformed, reserved or used twice, or if no answer step remains.
+    """
+    for step in steps:
+        if not isinstance(step, str) or not _NAME.match(step):
+            raise ValueError(
+                f"mote.steps must hold lower-case names (letters, digits, underscore); got {step!r}. Rename the step."
+            )
+        if step == QUESTION:
+            raise ValueError("mote.steps must not hold 'question'; it names the tokens outside every step. Rename it.")
+    if len(set(steps)) != len(steps):
+        raise ValueError(f"mote.steps must not repeat a name; got {list(steps)}. Remove the duplicate.")
+    if CHECK in steps[:-1]:
+        raise ValueError(f"mote.steps must hold 'check' only after the answer; got {list(steps)}. Move it to the end.")
+    if not steps or list(steps) == [CHECK]:
+        raise ValueError(f"mote.steps must hold at least the answer step; got {list(steps)}. Add 'response'.")
+    return tuple(steps)
