@@ -5,7 +5,12 @@ Importing this package imports neither torch nor axolotl; the names below are lo
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -14,6 +19,7 @@ _EXPORTS = {
     "MotePlugin": "plugin",
     "MoteConfig": "config",
     "MoteModel": "adapter",
+    "add_mote_adapter": "adapter",
     "load_mote": "generation",
     "generate_chain": "generation",
     "Chain": "generation",
@@ -27,3 +33,30 @@ def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(f"axolotl_mote.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'axolotl_mote' has no attribute {name!r}")
+
+
+class _AfterPeft(MetaPathFinder, Loader):
+    """Registers the PEFT type MOTE as soon as peft is imported, so that importing this package costs nothing."""
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec("peft")
+        if spec is not None and spec.loader is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        import_module("axolotl_mote.adapter")
+
+
+if "peft" in sys.modules:
+    import_module("axolotl_mote.adapter")
+else:
+    sys.meta_path.insert(0, _AfterPeft())

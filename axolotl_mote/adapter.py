@@ -1,0 +1,355 @@
+"""The step-routed LoRA: gated layers, marker rows, and the PEFT tuner that ties them together.
+
+All experts of a layer are ONE LoRA of rank R = (S + 1) * r whose inner activation is multiplied by a per-token gate
+(MoTE, section 3.2). The gate is computed once per forward of the whole model, from the tokens alone, and only read by
+the layers; recomputation under gradient checkpointing reads the same gate. Every expert takes part in every forward, so
+no parameter is ever unused. Nothing here knows of axolotl, data sets or losses.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NoReturn, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from axolotl_mote.attention import render
+from axolotl_mote.config import PEFT_TYPE, MoteConfig
+from axolotl_mote.masks import Visibility
+from axolotl_mote.routing import (
+    document_draws,
+    document_starts,
+    draw_question_step,
+    gate_table,
+    hidden_steps,
+    step_ids_from_tokens,
+    visible_positions,
+)
+
+
+class Routing:
+    """The routing state of one model: set once per forward, read by every layer.
+
+    Attributes:
+        gate: Weight of every rank for every token of the current forward, shape (B, T, R), float32.
+        seed: Seed of the random draws (question routing, step dropout).
+        step: Optimizer step; draws change with it. A training loop of your own sets it before each forward.
+        step_dropout: Probability of hiding each of the steps but the last while training; empty means never.
+    """
+
+    def __init__(self, config: MoteConfig) -> None:
+        self.config = config
+        self.gate: Tensor | None = None
+        self.seed = 0
+        self.step = 0
+        self.step_dropout: tuple[float, ...] = ()
+        self._table = gate_table(config)
+
+    def set_gate(self, step_ids: Tensor) -> None:
+        """Look up the gate of every token, (B, T) -> (B, T, R)."""
+        if self._table.device != step_ids.device:
+            self._table = self._table.to(step_ids.device)
+        self.gate = F.embedding(step_ids, self._table)
+
+
+class MoteLinear(nn.Module, LoraLayer):
+    """A linear layer with all experts as one gated LoRA.
+
+        y = W x + B((A x) * gate[step_ids])        (MoTE, section 3.2)
+
+    The scaling is part of the gate. The base layer may be any linear layer, quantized ones included.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoteConfig, routing: Routing) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.routing = routing
+        self._active_adapter = adapter_name
+        # PEFT derives the scaling as alpha / rank; over the total rank that is alpha * (S + 1) / R = alpha / r.
+        self.update_layer(
+            adapter_name, config.total_rank, lora_alpha=config.lora_alpha * (config.num_steps + 1), config=config
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base layer plus gated LoRA, shape (B, T, D) -> (B, T, D_out), in the dtype of the base layer's output."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        adapter = self.active_adapters[0]
+        gate = cast(Tensor, self.routing.gate)
+        if x.dim() != 3:  # a model that flattens its tokens before a layer: (B * T, D)
+            gate = gate.reshape(*x.shape[:-1], gate.shape[-1])
+        lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
+        inner = lora_a(self.lora_dropout[adapter](self._cast_input_dtype(x, lora_a.weight.dtype)))
+        return result + lora_b(inner * gate.to(inner.dtype)).to(result.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Step-routed experts have no single merged weight."""
+        _refuse_merge()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A gated LoRA is not one LoRA; ``axolotl mote export`` writes one per step."""
+        return False
+
+
+class MarkerRows(nn.Module):
+    """The trainable rows of the marker tokens, shape (2S, D): the adapter's own slice of the embedding table."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor, as_head: bool) -> Tensor:
+        """(..., D) -> marker logits (..., 2S) as a head; one-hot (..., 2S) -> rows (..., D) otherwise."""
+        weight = self.weight.to(x.dtype)
+        return F.linear(x, weight) if as_head else x @ weight
+
+
+class _MarkerLayer(nn.Module):
+    """Shared by the two ends of the model: the wrapped layer and the ids of the markers."""
+
+    marker_ids: Tensor
+
+    def __init__(self, base_layer: nn.Module, marker_ids: list[int]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.register_buffer("marker_ids", torch.tensor(marker_ids), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, without the marker rows."""
+        return cast(Tensor, self.base_layer.weight)
+
+
+class MarkerEmbedding(_MarkerLayer):
+    """An input embedding whose marker tokens come from the adapter, also where the table has no row for them."""
+
+    def __init__(self, base_layer: nn.Module, marker_ids: list[int], rows: MarkerRows, adapter_name: str) -> None:
+        super().__init__(base_layer, marker_ids)
+        self.lora_marker_rows = nn.ModuleDict({adapter_name: rows})
+        self.adapter_name = adapter_name
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens, (B, T) -> (B, T, D), in the dtype of the base table."""
+        one_hot = input_ids.unsqueeze(-1) == self.marker_ids  # (B, T, 2S)
+        is_marker = one_hot.any(-1)
+        embedded: Tensor = self.base_layer(input_ids.masked_fill(is_marker, 0))
+        rows = self.lora_marker_rows[self.adapter_name](one_hot.to(embedded.dtype), as_head=False)
+        # Some models scale their embeddings inside the layer (Gemma 3); the rows are kept unscaled like the table's.
+        scale = getattr(self.base_layer, "embed_scale", None)
+        if scale is not None:
+            rows = rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+        return torch.where(is_marker.unsqueeze(-1), rows, embedded)
+
+
+class MarkerHead(_MarkerLayer):
+    """An output head that gives the marker tokens' logits from the adapter, widened where the head has no column.
+
+    With tied embeddings it reads the embedding's rows and registers none of its own.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, marker_ids: list[int], rows: MarkerRows, adapter_name: str, tied: bool
+    ) -> None:
+        super().__init__(base_layer, marker_ids)
+        self.lora_marker_rows = nn.ModuleDict({} if tied else {adapter_name: rows})
+        self._rows = [rows]  # in a list, so that tied rows are not registered, and saved, a second time
+        self._width = max(marker_ids) + 1
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits, (..., D) -> (..., max(V, last marker id + 1)); ids without a row anywhere get minus infinity."""
+        logits: Tensor = self.base_layer(hidden)
+        if logits.shape[-1] < self._width:
+            logits = F.pad(logits, (0, self._width - logits.shape[-1]), value=float("-inf"))
+        return logits.index_copy(-1, self.marker_ids, self._rows[0](hidden, as_head=True).to(logits.dtype))
+
+
+class MoteModel(LoraModel):
+    """The PEFT tuner of type MOTE: routes once per forward, then runs the wrapped model.
+
+    Besides the model's own arguments, its forward takes ``step_ids`` (B, T), the steps of the tokens that are fed; they
+    are derived from ``input_ids`` when absent and are needed only to continue a KV cache by hand. ``generate`` supplies
+    them on its own.
+    """
+
+    routing: Routing
+
+    def _pre_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+        if not isinstance(config, MoteConfig) or not config.marker_ids:
+            raise ValueError(
+                "marker_ids must be set before a MoTE adapter is added; got none. "
+                "Add the marker tokens to the tokenizer and pass their ids to MoteConfig."
+            )
+        if len(self.peft_config) > 1:
+            raise NotImplementedError(
+                f"A model carries one MoTE adapter; got {sorted(self.peft_config)}. Load the second on another model."
+            )
+        self.routing = Routing(config)
+
+    def _create_new_module(  # type: ignore[override]
+        self, lora_config: MoteConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not hasattr(base, "in_features") or not hasattr(base, "out_features"):
+            raise TypeError(
+                f"lora_target_modules must name linear layers with adapter: mote; got {type(base).__name__}. "
+                "Set lora_target_linear: true."
+            )
+        return MoteLinear(target, adapter_name, lora_config, self.routing)
+
+    def _post_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+        assert isinstance(config, MoteConfig)
+        model = cast(PreTrainedModel, model)
+        self._wrap_embeddings(model, config, adapter_name)
+        # Hooks and not an override of forward: generate calls the wrapped model directly.
+        model.register_forward_pre_hook(self._route, with_kwargs=True)
+        model.prepare_inputs_for_generation = self._with_step_ids(  # type: ignore[method-assign]
+            model.prepare_inputs_for_generation
+        )
+
+    def _wrap_embeddings(self, model: PreTrainedModel, config: MoteConfig, adapter_name: str) -> None:
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = head.weight is embedding.weight
+
+        def new_rows(layer: nn.Module) -> MarkerRows:
+            weight = cast(Tensor, layer.weight)
+            width = layer.embedding_dim if isinstance(layer, nn.Embedding) else layer.in_features
+            rows = MarkerRows(torch.zeros(2 * config.num_steps, cast(int, width), device=weight.device))
+            return rows.requires_grad_(not config.inference_mode)
+
+        rows = new_rows(embedding)
+        head_rows = rows if tied else new_rows(head)
+        model.set_input_embeddings(MarkerEmbedding(embedding, config.marker_ids, rows, adapter_name))
+        model.set_output_embeddings(MarkerHead(head, config.marker_ids, head_rows, adapter_name, tied))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped model; through ``__call__``, so that the routing hook sees this forward too."""
+        return self.model(*args, **kwargs)
+
+    @torch.no_grad()
+    def _route(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Forward pre-hook of the wrapped model: set the gate, and while a step is hidden the positions and mask."""
+        step_ids = kwargs.pop("step_ids", None)
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        training = model.training
+        if step_ids is None:
+            if input_ids is None:
+                raise ValueError("input_ids must be given: the tokens are the router; got inputs_embeds. Pass step_ids.")
+            cache = kwargs.get("past_key_values")
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    "step_ids must be given when input_ids continue a cache; got tokens without their history. "
+                    "Pass step_ids_from_tokens(all_ids, config)[:, -n:] or use generate()."
+                )
+            step_ids = step_ids_from_tokens(input_ids, self.routing.config, kwargs.get("position_ids"))
+        if not training:
+            self.routing.set_gate(step_ids)
+            return args, kwargs
+        self._route_training(model, input_ids, step_ids, kwargs)
+        return args, kwargs
+
+    def _route_training(
+        self, model: PreTrainedModel, input_ids: Tensor, step_ids: Tensor, kwargs: dict[str, Any]
+    ) -> None:
+        routing, config = self.routing, self.routing.config
+        mask = kwargs.get("attention_mask")
+        valid = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        documents = document_starts(input_ids, kwargs.get("position_ids"))
+        draws = document_draws(
+            input_ids, documents, valid, seed=routing.seed, step=routing.step, num_draws=config.num_steps
+        )
+        routed = step_ids
+        if config.question_routing == "random":
+            routed = torch.where(step_ids == 0, draw_question_step(draws[0], config.num_steps), step_ids)
+        routing.set_gate(routed)
+        if any(routing.step_dropout):
+            probabilities = torch.tensor(routing.step_dropout, device=step_ids.device)
+            hidden = hidden_steps(step_ids, draws[1:], probabilities)
+            positions = visible_positions(step_ids, hidden, documents, config.num_steps, valid)
+            valid = torch.ones_like(hidden) if valid is None else valid
+            visibility = Visibility(documents, step_ids, hidden, positions, valid)
+            kwargs["position_ids"] = positions
+            kwargs["attention_mask"] = render(visibility, model.config, model.dtype)
+
+    def _with_step_ids(self, prepare: Any) -> Any:
+        """Wrap ``prepare_inputs_for_generation``: it alone sees all tokens when a cache holds most of them."""
+
+        @functools.wraps(prepare)
+        def prepare_inputs_for_generation(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
+            fed = inputs["input_ids"].shape[1]
+            inputs["step_ids"] = step_ids_from_tokens(input_ids, self.routing.config)[:, -fed:]
+            return inputs
+
+        return prepare_inputs_for_generation
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Step-routed experts have no single merged weight."""
+        _refuse_merge()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Step-routed experts have no single merged weight."""
+        _refuse_merge()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Step-routed experts have no single merged weight."""
+        _refuse_merge()
+
+
+def _refuse_merge() -> NoReturn:
+    raise NotImplementedError(
+        "Step-routed experts cannot be merged into one weight: the weight depends on the token. "
+        "Use `axolotl mote export`, which writes one plain LoRA adapter per step."
+    )
+
+
+def add_mote_adapter(
+    model: PreTrainedModel, config: MoteConfig, marker_words: list[list[int]] | None = None, **kwargs: Any
+) -> PeftModel:
+    """Add a fresh MoTE adapter to a model.
+
+    Args:
+        model: The base model.
+        config: The adapter's configuration; its ``marker_ids`` must be set.
+        marker_words: For each marker, token ids of words that describe it; its rows start as the mean of theirs.
+            Without it they start as the mean of the whole table.
+        **kwargs: Passed to ``peft.get_peft_model``.
+
+    Returns:
+        The PeftModel, ready for training.
+    """
+    peft_model = cast(PeftModel, get_peft_model(model, config, **kwargs))
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for rows in layer.lora_marker_rows.values():
+            table = layer.base_layer.weight
+            with gather_params_ctx(table), torch.no_grad():
+                for row, words in enumerate(marker_words or [[]] * len(config.marker_ids)):
+                    rows.weight[row] = (table[words] if words else table).float().mean(0)
+    return peft_model
+
+
+def mote_model(model: nn.Module) -> MoteModel | None:
+    """The MoTE tuner inside a (wrapped) model, or None if there is none."""
+    for module in model.modules():
+        if isinstance(module, MoteModel):
+            return module
+    return None
+
+
+def _register() -> None:
+    peft_type = PeftType(PEFT_TYPE)
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = MoteModel
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING.pop(peft_type, None)
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = MoteModel.prefix
+
+
+_register()
