@@ -21,9 +21,11 @@ from peft.utils import PeftType
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from axolotl_mote.attention import render
 from axolotl_mote.config import PEFT_TYPE, MoteConfig
+from axolotl_mote.loss import token_losses
 from axolotl_mote.masks import Visibility
 from axolotl_mote.routing import (
     document_draws,
@@ -210,6 +212,7 @@ class MoteModel(LoraModel):
         assert isinstance(config, MoteConfig)
         model = cast(PreTrainedModel, model)
         self._wrap_embeddings(model, config, adapter_name)
+        self._vocab_size = model.config.get_text_config().vocab_size
         # Hooks and not an override of forward: generate calls the wrapped model directly.
         model.register_forward_pre_hook(self._route, with_kwargs=True)
         model.prepare_inputs_for_generation = self._with_step_ids(  # type: ignore[method-assign]
@@ -231,9 +234,34 @@ class MoteModel(LoraModel):
         model.set_input_embeddings(MarkerEmbedding(embedding, config.marker_ids, rows, adapter_name))
         model.set_output_embeddings(MarkerHead(head, config.marker_ids, head_rows, adapter_name, tied))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the wrapped model; through ``__call__``, so that the routing hook sees this forward too."""
-        return self.model(*args, **kwargs)
+    def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the wrapped model; through ``__call__``, so that the routing hook sees this forward too.
+
+        Args:
+            *args: The model's own.
+            targets: Shifted labels, shape (B, T). With them no logits are returned: the output's ``loss`` holds the
+                negative log-likelihood of every target, shape (B, T), computed in chunks of tokens.
+            **kwargs: The model's own, and ``step_ids``.
+        """
+        # PEFT's own forward passes labels along, None or not.
+        if targets is None:
+            return self.model(*args, **kwargs)
+        self._route(self.model, args, kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        hidden = self.model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
+        return CausalLMOutputWithPast(loss=token_losses(hidden, targets, self._logits, self._vocab_size))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The head and what a model does to its output: (N, D) -> (N, V)."""
+        config = self.model.config.get_text_config()
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * factor
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        return logits
 
     @torch.no_grad()
     def _route(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

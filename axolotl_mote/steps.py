@@ -11,6 +11,9 @@ from collections.abc import Sequence
 QUESTION = "question"
 """Name of everything before the first step; its id is 0 and it has no expert of its own."""
 
+IGNORE_INDEX = -100
+"""Label of a token that is not predicted: torch's and transformers' convention."""
+
 DEFAULT_STEPS = ("analysis", "guidance", "response")
 CHECK = "check"
 

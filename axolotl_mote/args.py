@@ -1,0 +1,164 @@
+"""Schema of the `mote:` block, and what `adapter: mote` refuses at validation time.
+
+Everything that cannot be honoured is an error here, with the key's name and the way out, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from axolotl_mote.steps import DEFAULT_STEPS, answer_step, validate_steps
+
+
+class MoteOptions(BaseModel):
+    """The `mote:` block of an axolotl configuration. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: list[str] = Field(
+        default=list(DEFAULT_STEPS),
+        description="Steps of the chain in order, each a column of the data set and an expert. The last one is the "
+        "answer; `check` may follow it.",
+    )
+    expert_weight: float = Field(
+        default=0.5, ge=0.0, le=1.0, description="Weight of the step's expert; the shared expert gets the rest."
+    )
+    question_routing: Literal["random", "mean", "shared"] = Field(
+        default="random",
+        description="Experts that question tokens meet while training: one drawn per document, the mean of all, or "
+        "only the shared one. Evaluation and inference use the mean instead of a draw.",
+    )
+    step_dropout: float | dict[str, float] = Field(
+        default=0.3,
+        description="Probability of hiding a step from all later ones while training; one value, or one per step. "
+        "The answer and what follows it are never hidden.",
+    )
+    step_loss_weights: dict[str, float] = Field(
+        default_factory=dict, description="Weight of each step's tokens in the loss; 1.0 where absent."
+    )
+
+    @field_validator("steps")
+    @classmethod
+    def _check_steps(cls, steps: list[str]) -> list[str]:
+        return list(validate_steps(steps))
+
+    @model_validator(mode="after")
+    def _check_per_step_values(self) -> MoteOptions:
+        for step in self.step_loss_weights:
+            if step not in self.steps:
+                raise ValueError(f"mote.step_loss_weights must name steps of {self.steps}; got {step!r}. Rename it.")
+        for step, weight in self.step_loss_weights.items():
+            if weight < 0:
+                raise ValueError(f"mote.step_loss_weights must be 0 or more; got {weight} at {step!r}. Raise it.")
+        if isinstance(self.step_dropout, dict):
+            for step in self.step_dropout:
+                if step not in self.hideable_steps:
+                    raise ValueError(
+                        f"mote.step_dropout must name steps that can be hidden, {self.hideable_steps}; got {step!r}. "
+                        "Remove it."
+                    )
+        for probability in self.dropout_probabilities:
+            if not 0.0 <= probability <= 1.0:
+                raise ValueError(f"mote.step_dropout must lie in [0, 1]; got {probability}. Use e.g. 0.3.")
+        return self
+
+    @property
+    def hideable_steps(self) -> list[str]:
+        """The steps before the answer."""
+        return self.steps[: self.steps.index(answer_step(self.steps))]
+
+    @property
+    def dropout_probabilities(self) -> tuple[float, ...]:
+        """Probability of hiding each hideable step, in order."""
+        if isinstance(self.step_dropout, dict):
+            return tuple(self.step_dropout.get(step, 0.0) for step in self.hideable_steps)
+        return (self.step_dropout,) * len(self.hideable_steps)
+
+    @property
+    def loss_weights(self) -> list[float]:
+        """Loss weight by step id: index 0 is the end-of-turn token, which always counts fully."""
+        return [1.0] + [self.step_loss_weights.get(step, 1.0) for step in self.steps]
+
+
+_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
+_REFUSED: dict[str, str] = {
+    **{key: "The fused LoRA kernels bypass the gate. Remove it; torch_compile gives the same speed." for key in _KERNELS},
+    "merge_lora": "Step-routed experts have no single merged weight. Use `axolotl mote export` instead of merge-lora.",
+    "merge_method": "Step-routed experts have no single merged weight. Use `axolotl mote export`.",
+    "relora": "Experts are never merged while training. Remove it.",
+    "peft_use_dora": "DoRA's magnitude would be shared by all experts. Remove it.",
+    "peft_use_rslora": "The scaling is lora_alpha / lora_r. Remove it and raise lora_alpha.",
+    "peft_layer_replication": "Replicated layers cannot be routed. Remove it.",
+    "lora_rank_pattern": "All experts of all layers have rank lora_r. Remove it.",
+    "lora_alpha_pattern": "All experts of all layers share lora_alpha. Remove it.",
+    "lora_target_parameters": "Only linear layers carry experts. Use lora_target_linear: true.",
+    "lora_modules_to_save": "The marker rows are trained on their own; whole modules are never saved. Remove it.",
+    "lora_fan_in_fan_out": "Only linear layers carry experts. Remove it.",
+    "peft_trainable_token_indices": "The marker rows are trained on their own. Remove it.",
+    "shrink_embeddings": "Marker ids may lie beyond the table. Remove it.",
+    "fsdp": "FSDP is not supported. Use deepspeed.",
+    "fsdp_config": "FSDP is not supported. Use deepspeed.",
+    "rl": "Only supervised fine-tuning is supported. Remove it.",
+    "reward_model": "Only supervised fine-tuning is supported. Remove it.",
+    "unfrozen_parameters": "Only the adapter is trained. Remove it.",
+    "gptq": "Use a full-precision, 8-bit or 4-bit (bitsandbytes) base.",
+    "tokenizer_use_mistral_common": "Marker tokens cannot be added to it. Remove it.",
+    "layer_offloading": "Untested with step routing. Use DeepSpeed ZeRO-3 with offload.",
+    "use_kernels": "Hub kernels may replace the routed layers. Remove it.",
+}
+_REFUSED_ABOVE_ONE = ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size", "sequence_parallel_degree")
+
+
+class MoteArgs(BaseModel):
+    """What the plugin adds to axolotl's schema: the `mote:` block, and the checks of `adapter: mote`."""
+
+    mote: MoteOptions | None = Field(default=None, description="Mixture of insighTful Experts; see axolotl_mote.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_cannot_be_honoured(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("adapter") == "mote":
+            check_config(data)
+        return data
+
+
+def check_config(cfg: dict[str, Any]) -> None:
+    """Refuse keys that `adapter: mote` cannot honour.
+
+    Args:
+        cfg: The raw configuration.
+
+    Raises:
+        ValueError: Naming the key, its value and the way out.
+    """
+    for key, remedy in _REFUSED.items():
+        if cfg.get(key):
+            raise ValueError(f"{key} must not be set with adapter: mote; got {cfg[key]!r}. {remedy}")
+    for key in _REFUSED_ABOVE_ONE:
+        if (cfg.get(key) or 1) > 1:
+            raise ValueError(
+                f"{key} must be 1 with adapter: mote; got {cfg[key]}. A split sequence or layer cannot be routed or "
+                "masked. Use DeepSpeed ZeRO-3 to fit larger models."
+            )
+    if cfg.get("peft_init_lora_weights") not in (None, True, False, "gaussian"):
+        raise ValueError(
+            f"peft_init_lora_weights must be true, false or gaussian with adapter: mote; got "
+            f"{cfg['peft_init_lora_weights']!r}. Remove it."
+        )
+    if (cfg.get("peft") or {}).get("loftq_config"):
+        raise ValueError("peft.loftq_config must not be set with adapter: mote. Remove it; QLoRA needs load_in_4bit only.")
+    if not cfg.get("lora_r"):
+        raise ValueError("lora_r must be set with adapter: mote; got none. Use the paper's 16, the rank of one expert.")
+    if not cfg.get("lora_target_linear") and not cfg.get("lora_target_modules"):
+        raise ValueError(
+            "lora_target_linear or lora_target_modules must be set with adapter: mote; got neither. "
+            "Use the paper's lora_target_linear: true."
+        )
+    if cfg.get("inference") and not cfg.get("lora_model_dir"):
+        raise ValueError(
+            "lora_model_dir must name a trained adapter for inference with adapter: mote; got none, which would serve "
+            "untrained experts. Pass --lora-model-dir."
+        )

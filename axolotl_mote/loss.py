@@ -1,0 +1,73 @@
+"""The loss: weighted cross-entropy whose items are counted by step.
+
+Pure tensors in, pure tensors out. It never holds the logits of a whole batch: the head runs on chunks of tokens, and
+each chunk is computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from axolotl_mote.steps import IGNORE_INDEX
+
+_CHUNK_ELEMENTS = 2**27  # logits per chunk: half a GiB in float32, 1,024 tokens of a 128k vocabulary
+
+
+def shift(tokens: Tensor, fill: int) -> Tensor:
+    """Move the targets under the tokens that predict them: column t gets column t + 1, the last one ``fill``."""
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], fill)], dim=1)
+
+
+def token_weights(targets: Tensor, target_steps: Tensor, step_weights: Tensor) -> Tensor:
+    """Weight of every predicted token: that of its step, 0 where the target is ignored.
+
+    Args:
+        targets: Shifted labels, shape (B, T); -100 is ignored.
+        target_steps: Shifted step ids, shape (B, T).
+        step_weights: Weight by step id, shape (S + 1,), float32.
+
+    Returns:
+        Weights, shape (B, T), float32.
+    """
+    return F.embedding(target_steps, step_weights.unsqueeze(1)).squeeze(-1) * (targets != IGNORE_INDEX)
+
+
+def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int) -> Tensor:
+    """Negative log-likelihood of every target, float32, in chunks of tokens.
+
+    Args:
+        hidden: Last hidden states, shape (B, T, D), or logits with ``head`` the identity.
+        targets: Shifted labels, shape (B, T); -100 gives 0.
+        head: (N, D) -> logits (N, V).
+        vocab_size: V, for the chunk size.
+
+    Returns:
+        Losses, shape (B, T), float32.
+    """
+    flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
+    chunk = max(256, _CHUNK_ELEMENTS // vocab_size)
+
+    def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+    if flat.shape[0] <= chunk:
+        losses = chunk_loss(flat, flat_targets)
+    else:
+        losses = torch.cat(
+            [
+                checkpoint(chunk_loss, *part, use_reentrant=False)
+                for part in zip(flat.split(chunk), flat_targets.split(chunk), strict=True)
+            ]
+        )
+    return losses.view_as(targets)
+
+
+def step_sums(values: Tensor, steps: Tensor, num_steps: int) -> Tensor:
+    """Sum values by step id, (B, T) -> (S + 1,), in the dtype of the values and without a host synchronisation."""
+    sums = torch.zeros(num_steps + 1, dtype=values.dtype, device=values.device)
+    return sums.scatter_add_(0, steps.flatten(), values.flatten())
