@@ -1,0 +1,91 @@
+"""Every example configuration is valid, and an ablation differs from its base only where it says so."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from axolotl_mote.args import MoteOptions
+
+REPO = Path(__file__).resolve().parent.parent
+CONFIGS = REPO / "example_configs"
+TRAINING = sorted(
+    file.relative_to(CONFIGS).as_posix()
+    for file in CONFIGS.rglob("*.yml")
+    if "base_model" in yaml.safe_load(file.read_text(encoding="utf-8"))
+)
+ABLATIONS = [name for name in TRAINING if name.startswith("ablations/")]
+H100 = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+
+
+def test_all_configs_are_found() -> None:
+    assert {"quickstart.yml", "llama3-8b.yml", "multinode/llama3-8b-2nodes.yml"} <= set(TRAINING)
+    assert len(ABLATIONS) == 5
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_mote_block_is_valid(name: str) -> None:
+    MoteOptions(**load(name)["mote"])
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_axolotl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("axolotl")
+    from axolotl.utils.config import prepare_plugins, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    monkeypatch.chdir(REPO)
+    cfg = DictDefault(load(name))
+    prepare_plugins(cfg)
+    valid = validate_config(cfg, capabilities=H100, env_capabilities={"torch_version": "2.13.0"})
+    assert valid.adapter == cfg.adapter
+    assert valid.datasets[0]["type"] == "axolotl_mote.chain"
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_paths_and_launch_command_exist(name: str) -> None:
+    text = (CONFIGS / name).read_text(encoding="utf-8")
+    assert f"example_configs/{name}" in text.split("base_model:")[0]
+    for path in re.findall(r"example_configs/[\w./-]+\.(?:jsonl|json|slurm|sh)\b", text):
+        assert (REPO / path).is_file(), f"{name} names {path}, which does not exist"
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation_differs_only_where_marked(name: str) -> None:
+    def flat(config: dict[str, Any]) -> dict[str, Any]:
+        return {**{key: value for key, value in config.items() if key != "mote"}, **config["mote"]}
+
+    base, changed = flat(load("llama3-8b.yml")), flat(load(name))
+    different = {key for key in base.keys() | changed.keys() if base.get(key) != changed.get(key)} - {"output_dir"}
+    marked = re.findall(r"^ *(\w+):.*# <--", (CONFIGS / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if "mote" in marked:  # the block as a whole
+        different -= set(load("llama3-8b.yml")["mote"])
+        marked.remove("mote")
+    assert different == set(marked)
+
+
+def test_deepspeed_configs_name_their_stage() -> None:
+    stages = {
+        file.stem: json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+        for file in (CONFIGS / "deepspeed").glob("*.json")
+    }
+    assert stages == {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_cpu_offload": 3}
+
+
+def test_paper_settings() -> None:
+    config = load("llama3-8b.yml")
+    assert config["lora_r"] == 16
+    assert config["num_epochs"] == 3
+    assert config["learning_rate"] == 2e-5
+    assert config["micro_batch_size"] * config["gradient_accumulation_steps"] == 16
+    assert config["mote"]["expert_weight"] == 0.5
+    assert config["lora_target_linear"]
