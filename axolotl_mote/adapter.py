@@ -218,6 +218,7 @@ class MoteModel(LoraModel):
         model.prepare_inputs_for_generation = self._with_step_ids(  # type: ignore[method-assign]
             model.prepare_inputs_for_generation
         )
+        model.generate = _with_wide_vocabulary(model, config.marker_ids)  # type: ignore[method-assign]
 
     def _wrap_embeddings(self, model: PreTrainedModel, config: MoteConfig, adapter_name: str) -> None:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -313,7 +314,16 @@ class MoteModel(LoraModel):
 
         @functools.wraps(prepare)
         def prepare_inputs_for_generation(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != input_ids.shape[1]:
+                raise ValueError(
+                    f"input_ids must hold the whole sequence, not only what continues a cache, because the tokens are "
+                    f"the router; got {input_ids.shape[1]} of {mask.shape[1]} tokens. Pass all of them, and no "
+                    "prefill_chunk_size."
+                )
             inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
+            if inputs.get("input_ids") is None:
+                raise ValueError("input_ids must be given: the tokens are the router; got inputs_embeds. Pass input_ids.")
             fed = inputs["input_ids"].shape[1]
             inputs["step_ids"] = step_ids_from_tokens(input_ids, self.routing.config)[:, -fed:]
             return inputs
@@ -331,6 +341,38 @@ class MoteModel(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Step-routed experts have no single merged weight."""
         _refuse_merge()
+
+
+def _with_wide_vocabulary(model: PreTrainedModel, marker_ids: list[int]) -> Any:
+    """Wrap ``generate``: beam search and prompt lookup read the width of the logits off the configuration.
+
+    The configuration itself must keep the base model's size, or PEFT would take the table for resized and save it.
+    """
+    generate = model.generate
+    width = max(marker_ids) + 1
+
+    @functools.wraps(generate)
+    def generate_wide(*args: Any, **kwargs: Any) -> Any:
+        assistant = kwargs.get("assistant_model")
+        models = [model] if assistant is None else [model, assistant]
+        if assistant is not None:
+            table = assistant.get_input_embeddings()
+            if not isinstance(table, MarkerEmbedding) and table.weight.shape[0] < width:
+                raise ValueError(
+                    f"assistant_model must have embeddings for the markers, up to id {width - 1}; its table has "
+                    f"{table.weight.shape[0]} rows. Use a model with a MoTE adapter, or one written by `axolotl mote export`."
+                )
+        configs = [one.config.get_text_config() for one in models]
+        sizes = [config.vocab_size for config in configs]
+        for config, size in zip(configs, sizes, strict=True):
+            config.vocab_size = max(size, width)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            for config, size in zip(configs, sizes, strict=True):
+                config.vocab_size = size
+
+    return generate_wide
 
 
 def _refuse_merge() -> NoReturn:
