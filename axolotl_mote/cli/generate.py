@@ -1,0 +1,234 @@
+"""``axolotl mote generate``: a file of questions in, a file of chains out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments
+
+if TYPE_CHECKING:
+    from axolotl_mote.generation.jsonl import Output, Question
+    from axolotl_mote.generation.vocabulary import StepVocabulary
+
+
+@click.command()
+@model_options
+@click.option("--input", "source", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="JSONL; continued if it exists.")
+@click.option(
+    "--steps",
+    "modes",
+    multiple=True,
+    default=("adaptive",),
+    show_default=True,
+    help="adaptive, verify, a list such as analysis,response, or all; may be repeated.",
+)
+@decoding_options
+@click.option("--num-beams", default=1, show_default=True, type=click.IntRange(1), help="Beam search.")
+@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Questions decoded together.")
+@click.option("--limit", type=click.IntRange(1), help="Answer only the first N rows.")
+@click.option("--overwrite", is_flag=True, help="Start the output anew instead of continuing it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def command(
+    adapter: Path,
+    base_model: str | None,
+    dtype: str,
+    device: str | None,
+    source: Path,
+    output: Path,
+    modes: tuple[str, ...],
+    num_beams: int,
+    batch_size: int,
+    limit: int | None,
+    overwrite: bool,
+    as_json: bool,
+    **decoding: Any,
+) -> None:
+    """Answer a file of questions with a trained adapter.
+
+    Each input line holds `messages` (a dialogue that ends with a user turn) or one question as `prompt` or `question`.
+    Each output line holds the chain: the text of every step, the steps, token counts, and whether the model finished its
+    answer. The command can be killed at any time; run again, it continues where it stopped.
+
+    \b
+    Examples:
+      axolotl mote generate --adapter outputs/mote --input questions.jsonl --output chains.jsonl
+      axolotl mote generate --adapter outputs/mote --input questions.jsonl --output curve.jsonl --steps all
+      axolotl mote generate --adapter outputs/mote --input questions.jsonl --output short.jsonl \\
+          --steps analysis,response --step-limit analysis=64 --batch-size 16 --sample --seed 7
+    """
+    from axolotl_mote.generation import jsonl
+
+    with _usage_errors():
+        count = jsonl.check_questions(source, limit)
+        settings = sampling_arguments(**decoding) | {"step_limits": parse_limits(decoding["step_limit"])}
+        settings |= {"max_new_tokens": decoding["max_new_tokens"], "num_beams": num_beams}
+        seed = decoding["seed"] if decoding["sample"] else None
+        fingerprint = run_fingerprint(adapter, base_model, dtype, settings, seed, batch_size, decoding["check"])
+        if overwrite:
+            output.unlink(missing_ok=True)
+        model, tokenizer, vocabulary = _load(adapter, base_model, dtype, device)
+        chosen = expand_modes(modes, vocabulary)
+        _check_modes(chosen, vocabulary, decoding["check"])
+        with jsonl.Output(output, tuple(chosen), fingerprint) as out:
+            if out.resumed or out.torn:
+                click.echo(f"{output} holds {out.resumed} answers{' and a torn line' if out.torn else ''}; continuing.", err=True)
+            runner = _Runner(model, tokenizer, chosen, out, settings, seed, decoding["check"], fingerprint)
+            for window in _progress(jsonl.windows(jsonl.read_questions(source, limit), batch_size), count):
+                runner.answer(window)
+        _report(jsonl.summarize(output), as_json)
+
+
+class _Runner:
+    """Answers windows of questions in every mode and writes each batch as soon as it is done."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        modes: dict[str, str | list[str]],
+        out: Output,
+        settings: dict[str, Any],
+        seed: int | None,
+        check: bool,
+        run: str,
+    ) -> None:
+        self.model, self.tokenizer, self.modes, self.out = model, tokenizer, modes, out
+        self.settings, self.seed, self.check, self.run = settings, seed, check, run
+        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def answer(self, window: Sequence[Question]) -> None:
+        """Answer what is still missing of a window."""
+        from axolotl_mote.generation.api import generate_chain
+        from axolotl_mote.generation.jsonl import output_line
+
+        for mode, steps in self.modes.items():
+            todo = [q for q in window if not self.out.holds(q.row, mode)]
+            faults = {q.row: fault for q in todo if (fault := self._too_long(q))}
+            fitting = [q for q in todo if q.row not in faults]
+            chains = generate_chain(
+                self.model,
+                self.tokenizer,
+                [q.messages for q in fitting],
+                steps,
+                check=self.check and mode != "verify",
+                batch_size=max(1, len(fitting)),
+                seed=None if self.seed is None else self.seed + window[0].row,
+                **self.settings,
+            )
+            rows = {q.row: chain.to_row() for q, chain in zip(fitting, chains, strict=True)}
+            rows |= {row: {"error": fault, "finished": False} for row, fault in faults.items()}
+            if todo:
+                self.out.append(output_line(q, mode, self.run, rows[q.row]) for q in todo)
+
+    def _too_long(self, question: Question) -> str | None:
+        """A question that leaves no room for an answer is refused on its own line; the rest of the file goes on."""
+        from axolotl_mote.chain import encode_question
+
+        needed = len(encode_question(self.tokenizer, question.messages)) + self.settings["max_new_tokens"]
+        if self.positions is None or needed <= self.positions:
+            return None
+        return f"question and max_new_tokens take {needed} positions; the model has {self.positions}"
+
+
+def expand_modes(modes: Sequence[str], vocabulary: StepVocabulary) -> dict[str, str | list[str]]:
+    """Mode names as given -> what `generate_chain` takes; "all" is every chain length, adaptive and verify."""
+    chosen: dict[str, str | list[str]] = {}
+    for mode in modes:
+        if mode == "all":
+            for depth in range(len(vocabulary.reasoning) + 1):
+                names = [*vocabulary.reasoning[:depth], vocabulary.answer]
+                chosen[",".join(names)] = names
+            chosen |= {"adaptive": "adaptive", "verify": "verify"}
+        elif mode in ("adaptive", "verify"):
+            chosen[mode] = mode
+        else:
+            names = [name.strip() for name in mode.split(",")]
+            chosen[",".join(names)] = names
+    return chosen
+
+
+def _check_modes(modes: dict[str, str | list[str]], vocabulary: StepVocabulary, check: bool) -> None:
+    from axolotl_mote.generation.grammar import make_plan
+
+    for steps in modes.values():
+        if steps != "verify":
+            make_plan(steps, vocabulary, check)
+
+
+def run_fingerprint(
+    adapter: Path,
+    base_model: str | None,
+    dtype: str,
+    settings: dict[str, Any],
+    seed: int | None,
+    batch_size: int,
+    check: bool,
+) -> str:
+    """Twelve hex digits over the adapter's files and everything that shapes an answer.
+
+    Greedy answers do not depend on the batch size, sampled ones do.
+    """
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if (adapter / name).is_file():
+            with (adapter / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    shape = [base_model, dtype, settings, seed, batch_size if seed is not None else None, check]
+    digest.update(json.dumps(shape, sort_keys=True).encode())
+    return digest.hexdigest()[:12]
+
+
+def _load(adapter: Path, base_model: str | None, dtype: str, device: str | None) -> tuple[Any, Any, StepVocabulary]:
+    from axolotl_mote.generation.loading import load_mote
+    from axolotl_mote.generation.vocabulary import step_vocabulary
+
+    model, tokenizer = load_mote(adapter, base_model, dtype=dtype, device=device)
+    return model, tokenizer, step_vocabulary(model, tokenizer)
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Errors of values and files become one line on stderr instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; run the same command again to continue.") from None
+
+
+def _progress(windows: Iterator[list[Question]], count: int) -> Iterator[list[Question]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("questions"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("questions", total=count)
+        for window in windows:
+            yield window
+            progress.advance(task, len(window))
+
+
+def _report(summary: dict[str, dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("steps", "rows", "finished", "refused", "tokens a row", "of them in each step", "verdicts")
+    for mode, figures in summary.items():
+        tokens = ", ".join(f"{name} {value:g}" for name, value in figures["step_tokens_per_row"].items())
+        verdicts = ", ".join(f"{name} {value}" for name, value in figures["verdicts"].items())
+        table.add_row(
+            mode, *(str(figures[k]) for k in ("rows", "finished", "refused", "tokens_per_row")), tokens, verdicts
+        )
+    Console().print(table)

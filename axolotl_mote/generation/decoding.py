@@ -1,0 +1,181 @@
+"""One batch of prompts to one batch of chains, with whatever decoding method transformers offers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+
+from axolotl_mote.chain import end_of_turn_ids
+from axolotl_mote.generation.grammar import Plan, StepGrammar, make_budget
+from axolotl_mote.generation.result import Chain, parse_chain
+from axolotl_mote.generation.vocabulary import StepVocabulary, special_ids, step_vocabulary
+
+VERDICTS = ("safe", "unsafe")
+
+# Sampling values of a base model's generation_config.json would otherwise leak into a greedy run.
+_NEUTRAL = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model and tokenizer with everything about them that generation needs to know.
+
+    Args:
+        model: A model whose ``generate`` routes its tokens.
+        tokenizer: Its tokenizer.
+        step_limits: Most text tokens of a step: one number for all, or one per step name.
+        options: Arguments for ``model.generate``.
+        seed: Seed of sampling; None leaves the global generator alone.
+    """
+
+    model: Any
+    tokenizer: Any
+    step_limits: int | Mapping[str, int] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vocabulary", step_vocabulary(self.model, self.tokenizer))
+        object.__setattr__(self, "banned", special_ids(self.tokenizer, self.vocabulary))
+        reserved = {"logits_processor", "eos_token_id", "max_length", "num_return_sequences", "input_ids"}
+        for name in reserved & set(self.options):
+            raise ValueError(f"{name} must be left to generate_chain; got {self.options[name]!r}. Remove it.")
+        if self.options.get("do_sample") and (self.options.get("num_beams") or 1) > 1:
+            raise ValueError(
+                "do_sample must not be combined with num_beams: a grammar can leave fewer admissible tokens than a beam "
+                "sampler draws. Drop one of the two."
+            )
+
+    vocabulary: StepVocabulary = field(init=False)
+    banned: frozenset[int] = field(init=False)
+
+    @property
+    def stop_id(self) -> int:
+        """The token that stands after a complete chain: the template's end of turn, else end of sequence."""
+        ends = end_of_turn_ids(self.tokenizer)
+        if ends:
+            return int(ends[0])
+        return int(self.tokenizer.eos_token_id or 0)
+
+    @property
+    def pad_id(self) -> int:
+        """Padding; masked, so any id will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.stop_id)
+
+    def verdict_ids(self) -> list[list[int]]:
+        """Token sequences of the two verdicts."""
+        return [self.tokenizer.encode(text, add_special_tokens=False) for text in VERDICTS]
+
+    def decode(
+        self, prompts: Sequence[Sequence[int]], plan: Plan, max_new_tokens: int, after: int = 0, used: int = 0
+    ) -> list[Chain]:
+        """Generate one chain for each prompt of a batch.
+
+        Args:
+            prompts: Token ids of the questions, plus any steps that are already complete.
+            plan: Which step may follow which.
+            max_new_tokens: Tokens of the whole chain, markers and ``used`` included.
+            after: Step that is complete at the end of every prompt; 0: none.
+            used: Tokens of the longest chain that the prompts already hold.
+
+        Raises:
+            ValueError: If the budget is too small or a prompt too long for the model.
+        """
+        has_check = plan.last != plan.answer
+        verdicts = self.verdict_ids() if has_check else []
+        budget = make_budget(
+            plan, self.vocabulary, max_new_tokens - used, self.step_limits, max(map(len, verdicts), default=1), after
+        )
+        input_ids, attention_mask = self._padded(prompts)
+        self._check_length(input_ids.shape[1] + budget.total)
+        grammar = StepGrammar(
+            self.vocabulary,
+            plan,
+            budget,
+            banned=self.banned,
+            prompt_length=input_ids.shape[1],
+            stop_id=self.stop_id,
+            after=after,
+            num_tokens=len(self.tokenizer),
+            choices={plan.last: verdicts} if has_check else None,
+        )
+        output = self._generate(input_ids, attention_mask, grammar)
+        return [
+            parse_chain(
+                row,
+                self.vocabulary,
+                self.tokenizer,
+                stop_ids={self.stop_id, self.pad_id},
+                must_close=grammar.must_close,
+                expect_check=has_check,
+            )
+            for row in output[:, input_ids.shape[1] :].tolist()
+        ]
+
+    def _generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, grammar: StepGrammar) -> torch.Tensor:
+        options = _NEUTRAL | dict(self.options)
+        with evaluating(self.model), seeded(self.seed, input_ids.device), torch.no_grad():
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                logits_processor=LogitsProcessorList([grammar]),
+                max_new_tokens=grammar.budget.total,
+                eos_token_id=self.vocabulary.end_ids[grammar.plan.last - 1],
+                pad_token_id=self.pad_id,
+                **options,
+            )
+        sequences: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
+        return sequences
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left-pad prompts: ids and mask, both (B, T), on the model's device."""
+        length = max(map(len, prompts))
+        ids = [[self.pad_id] * (length - len(p)) + list(p) for p in prompts]
+        mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
+        device = self.model.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    def _check_length(self, needed: int) -> None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"question and max_new_tokens must fit the model's {limit} positions; got {needed}. "
+                "Shorten the dialogue or lower max_new_tokens."
+            )
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode for the time of the block: no dropout, questions meet the mean of the experts."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seed torch for the block and restore its generators afterwards; None does nothing."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+

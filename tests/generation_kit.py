@@ -1,0 +1,190 @@
+"""Small models, adapters whose routing mistakes show, and a reference that recomputes everything from scratch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from axolotl_mote.adapter import add_mote_adapter
+from axolotl_mote.chain import marker_ids, marker_words
+from axolotl_mote.config import MoteConfig
+from axolotl_mote.steps import markers
+
+STEPS = ("analysis", "guidance", "response")
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(steps: Sequence[str] = STEPS) -> PreTrainedTokenizerFast:
+    """One token per byte, a chat template, and the markers."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|pad|>", additional_special_tokens=["<|im_start|>"]
+    )
+    tokenizer.chat_template = TEMPLATE
+    return with_markers(tokenizer, steps)
+
+
+def with_markers(tokenizer: Any, steps: Sequence[str] = STEPS) -> Any:
+    """Add the markers as special tokens, as the plugin does."""
+    tokenizer.add_special_tokens({"additional_special_tokens": markers(steps)}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+def tiny_model(vocab_size: int = 259, *, tied: bool = True, hidden: int = 32, layers: int = 2) -> LlamaForCausalLM:
+    """A random Llama whose table ends before the markers."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def random_adapter(
+    model: Any,
+    tokenizer: Any,
+    steps: Sequence[str] = STEPS,
+    r: int = 4,
+    seed: int = 1,
+    scale: float = 0.3,
+    marker_scale: float = 3.0,
+    **options: Any,
+) -> PeftModel:
+    """A MoTE adapter with random experts, all different, so that a wrong expert changes the logits."""
+    config = MoteConfig(
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=LINEARS,
+        steps=list(steps),
+        marker_ids=marker_ids(tokenizer, steps),
+        task_type="CAUSAL_LM",
+        **options,
+    )
+    peft_model = add_mote_adapter(model, config, marker_words(tokenizer, steps))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale / parameter.shape[1] ** 0.5)
+            elif "lora_marker_rows" in name:
+                spread = parameter.std().item()
+                # Larger than the words they start from, so that steps also end on their own.
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * marker_scale * spread)
+    return peft_model.eval()
+
+
+def tiny_mote(steps: Sequence[str] = STEPS, *, tied: bool = True, **options: Any) -> tuple[PeftModel, Any]:
+    """Tiny model with random adapter, and its tokenizer."""
+    tokenizer = tiny_tokenizer(steps)
+    return random_adapter(tiny_model(tied=tied), tokenizer, steps, **options), tokenizer
+
+
+def smol_mote(folder: Path, steps: Sequence[str] = STEPS, **options: Any) -> tuple[PeftModel, Any]:
+    """The real SmolLM2 in float32 with a random adapter, and its tokenizer."""
+    tokenizer = with_markers(AutoTokenizer.from_pretrained(folder), steps)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return random_adapter(model, tokenizer, steps, r=8, scale=0.15, **options), tokenizer
+
+
+def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, base: Path | str | None = None) -> Path:
+    """An adapter folder as training writes it."""
+    if base is not None:
+        model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def naive_step_ids(ids: Sequence[int], config: MoteConfig) -> list[int]:
+    """The rule of design.md, token by token."""
+    steps, current = [], 0
+    for token in ids:
+        if token in config.start_ids:
+            current = config.start_ids.index(token) + 1
+        steps.append(current)
+        if token in config.end_ids and config.end_ids.index(token) + 1 == current:
+            current = 0
+    return steps
+
+
+class Reference:
+    """Full forward over one unpadded row without PEFT, gates or caches: y = W x + s (w B_k A_k + (1 - w) B_s A_s) x.
+
+    Works on a copy of the base model whose tables are extended by the marker rows.
+    """
+
+    def __init__(self, mote: PeftModel) -> None:
+        self.config: MoteConfig = mote.peft_config["default"]
+        self.weights = {k: v.detach().clone() for k, v in mote.state_dict().items() if "lora_" in k}
+        wrapped = mote.get_base_model()
+        table = wrapped.get_input_embeddings().base_layer.weight.detach()
+        head = wrapped.get_output_embeddings().base_layer.weight.detach()
+        config = copy.deepcopy(wrapped.config)
+        rows = max(len(table), max(self.config.marker_ids) + 1)
+        config.vocab_size = rows
+        plain = type(wrapped)(config).eval()
+        state = {
+            k.replace(".base_layer.", "."): v.detach() for k, v in wrapped.state_dict().items() if "lora_" not in k
+        }
+        state["model.embed_tokens.weight"] = self._extended(table, rows, "embed_tokens")
+        state["lm_head.weight"] = self._extended(head, rows, "lm_head")
+        plain.load_state_dict(state, strict=False)
+        self.model = plain
+        self.steps: torch.Tensor | None = None
+        for name, module in plain.named_modules():
+            if name.split(".")[-1] in LINEARS:
+                module.register_forward_hook(self._delta(name))
+
+    def _extended(self, table: torch.Tensor, rows: int, part: str) -> torch.Tensor:
+        names = [k for k in self.weights if "marker_rows" in k and part in k]
+        names = names or [k for k in self.weights if "marker_rows" in k]
+        marker = self.weights[names[0]].to(table.dtype)
+        extended = table.new_zeros(rows, table.shape[1])
+        extended[: len(table)] = table
+        extended[self.config.marker_ids] = marker
+        return extended
+
+    def _delta(self, name: str) -> Any:
+        a = next(v for k, v in self.weights.items() if f".{name}.lora_A" in k)
+        b = next(v for k, v in self.weights.items() if f".{name}.lora_B" in k)
+        r, w = self.config.r, self.config.expert_weight
+        blocks = [b[:, k * r : (k + 1) * r] @ a[k * r : (k + 1) * r] for k in range(len(self.config.steps) + 1)]
+        shared = (1 - w) * blocks[-1]
+        experts = [w * sum(blocks[:-1]) / len(self.config.steps), *(w * block for block in blocks[:-1])]
+        updates = [self.config.lora_alpha / r * (shared + expert) for expert in experts]
+
+        def hook(_: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            delta = torch.stack([updates[k] @ x for k, x in zip(self.steps, args[0][0], strict=True)])
+            return output + delta[None]
+
+        return hook
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits of one row, (T, V)."""
+        self.steps = naive_step_ids(ids, self.config)
+        return self.model(input_ids=torch.tensor([list(ids)])).logits[0]
