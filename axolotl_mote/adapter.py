@@ -9,6 +9,8 @@ no parameter is ever unused. Nothing here knows of axolotl, data sets or losses.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
 import torch
@@ -18,7 +20,6 @@ from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING, PEFT_TYPE_TO_PREFIX_M
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -398,13 +399,26 @@ def add_mote_adapter(
         The PeftModel, ready for training.
     """
     peft_model = cast(PeftModel, get_peft_model(model, config, **kwargs))
+    words_by_row = marker_words or [[]] * len(config.marker_ids)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         for rows in layer.lora_marker_rows.values():
             table = layer.base_layer.weight
-            with gather_params_ctx(table), torch.no_grad():
-                for row, words in enumerate(marker_words or [[]] * len(config.marker_ids)):
+            with _gathered(table), torch.no_grad():
+                for row, words in enumerate(words_by_row):
                     rows.weight[row] = (table[words] if words else table).float().mean(0)
     return peft_model
+
+
+@contextmanager
+def _gathered(parameter: Tensor) -> Iterator[None]:
+    """Make a parameter that DeepSpeed ZeRO-3 has partitioned readable; does nothing to any other."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter):
+        yield
 
 
 def mote_model(model: nn.Module) -> MoteModel | None:
