@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,30 @@ def seed_chains() -> Path:
 def heldout_chains() -> Path:
     """6 hand-written chains that no config trains on."""
     return REPO / "example_configs" / "data" / "seed_chains_heldout.jsonl"
+
+
+@pytest.fixture(scope="session")
+def axolotl() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the real command line from the repository root: ``axolotl("train", config, timeout=300, env={...})``.
+
+    Standard error is folded into standard output; a failing command fails the test unless ``check=False``.
+    """
+    scripts = Path(sys.executable).parent
+
+    def run(
+        *args: str | Path, timeout: float = 600, check: bool = True, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [str(scripts / "axolotl"), *map(str, args)],
+            cwd=REPO,
+            env={**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == 0 or not check, f"axolotl {args[0]} failed:\n{done.stdout[-6000:]}"
+        return done
+
+    return run
