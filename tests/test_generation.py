@@ -96,7 +96,9 @@ def test_greedy_equals_reference_row_by_row(mote, reference, steps):
 
 def test_rows_of_one_batch_switch_at_different_times(mote):
     model, tokenizer = mote
-    chains = generate_chain(model, tokenizer, QUESTIONS, list(STEPS), max_new_tokens=60, batch_size=4, do_sample=True, seed=5)
+    chains = generate_chain(
+        model, tokenizer, QUESTIONS, list(STEPS), max_new_tokens=60, batch_size=4, do_sample=True, seed=5
+    )
     lengths = [chain.token_counts["analysis"] for chain in chains]
     assert len(set(lengths)) > 1, lengths
 
@@ -209,9 +211,7 @@ def test_sampling_is_reproducible_and_leaves_the_callers_state(mote):
 def test_static_cache_equals_dynamic(mote):
     model, tokenizer = mote
     dynamic = generate_chain(model, tokenizer, QUESTIONS, max_new_tokens=24, batch_size=4)
-    static = generate_chain(
-        model, tokenizer, QUESTIONS, max_new_tokens=24, batch_size=4, cache_implementation="static"
-    )
+    static = generate_chain(model, tokenizer, QUESTIONS, max_new_tokens=24, batch_size=4, cache_implementation="static")
     assert [c.token_ids for c in static] == [c.token_ids for c in dynamic]
 
 
@@ -240,9 +240,7 @@ def test_continuing_a_cache_with_the_full_sequence(mote):
     arguments = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     whole = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=10, **arguments)
     half = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=5, return_dict_in_generate=True, **arguments)
-    rest = model.generate(
-        input_ids=half.sequences, past_key_values=half.past_key_values, max_new_tokens=5, **arguments
-    )
+    rest = model.generate(input_ids=half.sequences, past_key_values=half.past_key_values, max_new_tokens=5, **arguments)
     assert torch.equal(rest, whole)
 
 
@@ -265,18 +263,13 @@ def test_continuing_a_cache_without_history_is_refused(mote):
         )
 
 
-def test_chunked_prefill_routes_or_is_refused(mote):
+def test_chunked_prefill_is_refused(mote):
     model, tokenizer = mote
     text = tokenizer.encode("<|analysis|>abcdefgh<|/analysis|><|response|>x", add_special_tokens=False)
     ids = torch.tensor([encode_question(tokenizer, QUESTIONS[0]) + text])
     arguments = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    expected = model.generate(input_ids=ids, **arguments)
-    try:
-        chunked = model.generate(input_ids=ids, prefill_chunk_size=7, **arguments)
-    except ValueError as error:
-        assert "step_ids" in str(error) or "prefill" in str(error)
-    else:
-        assert torch.equal(chunked, expected)
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(input_ids=ids, prefill_chunk_size=7, **arguments)
 
 
 def test_training_mode_is_left_for_generation_only(mote):
@@ -371,7 +364,9 @@ def test_generated_text_that_looks_like_a_marker_is_text(mote):
     fake = tokenizer("x<|/response|><|response|>y", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     start, end = vocabulary.start_ids[2], vocabulary.end_ids[2]
     assert not set(fake) & {start, end}
-    chain = parse_chain([start, *fake, end, tokenizer.eos_token_id, 65], vocabulary, tokenizer, stop_ids={tokenizer.eos_token_id})
+    chain = parse_chain(
+        [start, *fake, end, tokenizer.eos_token_id, 65], vocabulary, tokenizer, stop_ids={tokenizer.eos_token_id}
+    )
     assert chain.valid
     assert chain.finished
     assert chain.response == "x<|/response|><|response|>y"

@@ -64,8 +64,14 @@ class Fixture:
 @pytest.mark.parametrize("total", [9, 14, 40, 200])
 @pytest.mark.parametrize(
     ("steps", "check", "names"),
-    [("adaptive", False, STEPS), ("adaptive", True, CHECKED), (["response"], False, STEPS)]
-    + [(["analysis", "response"], False, STEPS), (list(STEPS), False, STEPS), (["guidance", "response"], True, CHECKED)],
+    [
+        ("adaptive", False, STEPS),
+        ("adaptive", True, CHECKED),
+        (["response"], False, STEPS),
+        (["analysis", "response"], False, STEPS),
+        (list(STEPS), False, STEPS),
+        (["guidance", "response"], True, CHECKED),
+    ],
 )
 def test_random_scores_give_valid_chains(steps, check, names, total):
     kit = Fixture(names)
@@ -212,5 +218,7 @@ def test_wrong_budgets_are_refused(total, limits, message):
 
 def test_works_in_a_processor_list():
     kit = Fixture()
-    scores = LogitsProcessorList([kit.grammar("adaptive")])(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, kit.width))
+    scores = LogitsProcessorList([kit.grammar("adaptive")])(
+        torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, kit.width)
+    )
     assert scores.isfinite().sum() == 2 * 3

@@ -24,7 +24,10 @@ def model_options(function: F) -> F:
     """--adapter, --base-model, --dtype, --device."""
     return _all(
         click.option(
-            "--adapter", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), help="Output of training."
+            "--adapter",
+            required=True,
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help="Output of training.",
         ),
         click.option("--base-model", help="Base model folder or name; default: the one in adapter_config.json."),
         click.option(
@@ -38,7 +41,9 @@ def decoding_options(function: F) -> F:
     """--check, --max-new-tokens, --step-limit, --sample and what belongs to it."""
     return _all(
         click.option("--check", is_flag=True, help="Let the trained check step judge the answer."),
-        click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(1), help="Tokens of one chain."),
+        click.option(
+            "--max-new-tokens", default=512, show_default=True, type=click.IntRange(1), help="Tokens of one chain."
+        ),
         click.option(
             "--step-limit", multiple=True, metavar="N | STEP=N", help="Most text tokens of a step; may be repeated."
         ),
@@ -61,7 +66,7 @@ def parse_limits(values: Sequence[str]) -> int | dict[str, int] | None:
         if not number.isdigit() or bool(equals) != bool(name) or (not name and len(values) > 1):
             raise ValueError(f"--step-limit must be N once, or STEP=N for each step; got {value!r}. Write analysis=64.")
         limits[name] = int(number)
-    return limits[""] if "" in limits else limits or None
+    return limits.get("", limits or None)
 
 
 def sampling_arguments(sample: bool, temperature: float, top_p: float, **_: Any) -> dict[str, Any]:
@@ -72,6 +77,8 @@ def sampling_arguments(sample: bool, temperature: float, top_p: float, **_: Any)
     """
     if not sample:
         if temperature != 1.0 or top_p != 1.0:
-            raise ValueError("--temperature and --top-p must come with --sample; greedy decoding ignores them. Add --sample.")
+            raise ValueError(
+                "--temperature and --top-p must come with --sample; greedy decoding ignores them. Add --sample."
+            )
         return {}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

@@ -18,13 +18,15 @@ _HELP = """\
 /exit                                          leave (Ctrl-D works too)"""
 
 # What a terminal would obey instead of show: C0 and C1 controls but newline and tab, and text direction overrides.
-_CONTROLS = {c: None for c in (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+_CONTROLS = dict.fromkeys((*range(32), *range(127, 160), *range(8234, 8239), *range(8294, 8298)))
 del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
 
 
 @click.command()
 @model_options
-@click.option("--steps", default="adaptive", show_default=True, help="adaptive, verify, or a list such as analysis,response.")
+@click.option(
+    "--steps", default="adaptive", show_default=True, help="adaptive, verify, or a list such as analysis,response."
+)
 @decoding_options
 @click.option("--system", help="System message.")
 @click.option("--hide-reasoning", is_flag=True, help="Show the answer only.")
@@ -57,7 +59,9 @@ def command(
         from axolotl_mote.generation.loading import load_mote
 
         model, tokenizer = load_mote(adapter, base_model, dtype=dtype, device=device)
-        session = ChatSession(model, tokenizer, steps, settings, system, show_reasoning=not hide_reasoning, as_json=as_json)
+        session = ChatSession(
+            model, tokenizer, steps, settings, system, show_reasoning=not hide_reasoning, as_json=as_json
+        )
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     session.run(_lines(quiet=as_json))
@@ -174,9 +178,7 @@ class ChatSession:
         if settings["seed"] is not None:
             settings["seed"] += self._turns
         try:
-            chain = generate_chain(
-                self.model, self.tokenizer, self.messages, self.steps, streamer=streamer, **settings
-            )
+            chain = generate_chain(self.model, self.tokenizer, self.messages, self.steps, streamer=streamer, **settings)
         except ValueError as error:
             self.messages.pop()
             self._say(str(error))
@@ -199,7 +201,9 @@ class ChatSession:
             return
         style = None if is_answer else "dim"
         if not piece:
-            self.console.print("" if is_answer else f"\n[{step}] ", style=style, end="\n" if is_answer else "", markup=False)
+            self.console.print(
+                "" if is_answer else f"\n[{step}] ", style=style, end="\n" if is_answer else "", markup=False
+            )
             return
         self.console.print(piece.translate(_CONTROLS), style=style, end="", markup=False, highlight=False)
 

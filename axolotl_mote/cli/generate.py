@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 @click.command()
 @model_options
 @click.option("--input", "source", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="JSONL; continued if it exists.")
+@click.option(
+    "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="JSONL; continued if it exists."
+)
 @click.option(
     "--steps",
     "modes",
@@ -54,8 +56,8 @@ def command(
     """Answer a file of questions with a trained adapter.
 
     Each input line holds `messages` (a dialogue that ends with a user turn) or one question as `prompt` or `question`.
-    Each output line holds the chain: the text of every step, the steps, token counts, and whether the model finished its
-    answer. The command can be killed at any time; run again, it continues where it stopped.
+    Each output line holds the chain: the text of every step, the steps, token counts, and whether the model finished
+    its answer. The command can be killed at any time; run again, it continues where it stopped.
 
     \b
     Examples:
@@ -79,7 +81,10 @@ def command(
         _check_modes(chosen, vocabulary, decoding["check"])
         with jsonl.Output(output, tuple(chosen), fingerprint) as out:
             if out.resumed or out.torn:
-                click.echo(f"{output} holds {out.resumed} answers{' and a torn line' if out.torn else ''}; continuing.", err=True)
+                click.echo(
+                    f"{output} holds {out.resumed} answers{' and a torn line' if out.torn else ''}; continuing.",
+                    err=True,
+                )
             runner = _Runner(model, tokenizer, chosen, out, settings, seed, decoding["check"], fingerprint)
             for window in _progress(jsonl.windows(jsonl.read_questions(source, limit), batch_size), count):
                 runner.answer(window)

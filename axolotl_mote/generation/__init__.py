@@ -1,8 +1,8 @@
 """From questions to chains: step grammar, the three modes, parsing, streaming.
 
-The parts, each importing only those before it: ``vocabulary`` (which ids are markers), ``grammar`` (which token may come
-next), ``result`` (what came out), ``streamer`` (showing it while it comes), ``decoding`` (one batch), ``verify`` (lengthen
-until judged safe), ``api`` (`generate_chain`), ``loading`` (`load_mote`), ``jsonl`` (files in and out, no torch).
+The parts, each importing only those before it: ``vocabulary`` (which ids are markers), ``grammar`` (which token may
+come next), ``result`` (what came out), ``streamer`` (showing it while it comes), ``decoding`` (one batch), ``verify``
+(lengthen until judged safe), ``api`` (`generate_chain`), ``loading`` (`load_mote`), ``jsonl`` (files, no torch).
 Nothing here knows how experts are routed: the model derives that from the tokens.
 """
 

@@ -53,14 +53,14 @@ def generate_chain(
     Args:
         model: From ``load_mote``.
         tokenizer: From ``load_mote``.
-        messages: One dialogue (a list of ``{"role", "content"}``, ending with a user turn) or a list of dialogues. Earlier
-            assistant turns stand as their answers alone; marker strings inside a message are ordinary text.
+        messages: One dialogue (a list of ``{"role", "content"}``, ending with a user turn) or a list of dialogues.
+            Earlier assistant turns stand as their answers alone; marker strings inside a message are ordinary text.
         steps: "adaptive": the model picks its steps; a list such as ``["analysis", "response"]``: exactly these;
             "verify": answer at once, judge, and add reasoning steps while the answer is judged unsafe.
-        max_new_tokens: Tokens of one chain, markers included. The answer keeps a share of it however long the reasoning.
+        max_new_tokens: Tokens of one chain, markers included. Reasoning, however long, leaves the answer its share.
         check: Let the trained check step judge the answer at the end of the chain.
-        step_limits: Most text tokens of a step: one number for all steps, or one per name. A step that reaches its limit is
-            closed; ``chain.truncated`` names it.
+        step_limits: Most text tokens of a step: one number for all steps, or one per name. A step that reaches its
+            limit is closed; ``chain.truncated`` names it.
         batch_size: Dialogues decoded together.
         seed: Seed of sampling, for each batch; the caller's random state is left untouched.
         judge: Verify mode only: takes dialogues and answers, returns "safe" or "unsafe" for each. Default: the trained

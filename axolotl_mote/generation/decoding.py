@@ -54,8 +54,8 @@ class Decoder:
             raise ValueError(f"{name} must be left to generate_chain; got {self.options[name]!r}. Remove it.")
         if self.options.get("do_sample") and (self.options.get("num_beams") or 1) > 1:
             raise ValueError(
-                "do_sample must not be combined with num_beams: a grammar can leave fewer admissible tokens than a beam "
-                "sampler draws. Drop one of the two."
+                "do_sample must not be combined with num_beams: a grammar can leave fewer admissible tokens than a "
+                "beam sampler draws. Drop one of the two."
             )
 
     vocabulary: StepVocabulary = field(init=False)
@@ -177,5 +177,3 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-

@@ -63,7 +63,8 @@ def make_plan(steps: str | Sequence[str], vocabulary: StepVocabulary, check: boo
     """
     if check and not vocabulary.has_check:
         raise ValueError(
-            f"check must name a trained step; this adapter has {list(vocabulary.steps)}. Train it with 'check' as the last step."
+            f"check must name a trained step; this adapter has {list(vocabulary.steps)}. "
+            "Train it with 'check' as the last step."
         )
     answer = vocabulary.step_id(vocabulary.answer)
     if isinstance(steps, str):
@@ -87,7 +88,8 @@ def _checked_ids(steps: Sequence[str], vocabulary: StepVocabulary, answer: int) 
     ids = tuple(vocabulary.step_id(name) for name in steps)
     if list(ids) != sorted(set(ids)):
         raise ValueError(
-            f"steps must follow the order of the adapter, {list(vocabulary.steps)}, each once; got {list(steps)}. Reorder them."
+            f"steps must follow the order of the adapter, {list(vocabulary.steps)}, each once; got {list(steps)}. "
+            "Reorder them."
         )
     if answer not in ids:
         raise ValueError(f"steps must hold the answer step {vocabulary.answer!r}; got {list(steps)}. Add it.")
@@ -157,8 +159,8 @@ def make_budget(
             break
     else:
         raise ValueError(
-            f"max_new_tokens must be at least {due[after]} for these steps (two markers and some text each); got {total}. "
-            "Raise it or ask for fewer steps."
+            f"max_new_tokens must be at least {due[after]} for these steps (two markers and some text each); got "
+            f"{total}. Raise it or ask for fewer steps."
         )
     cost = tuple(text[k] + 2 + due[k] for k in range(count + 1))
     return Budget(total, tuple(limits), due, cost)

@@ -1,8 +1,8 @@
 """Questions in, answers out, as JSON lines: streamed, resumable after a kill, never a line lost or written twice.
 
 Every output line names the input row and the mode it answers, so that a second run knows what is left. Lines are
-appended in one write per batch and synced; a torn last line (the process died while writing) is cut off and its row done
-again. Memory does not grow with the files. Nothing here knows about models.
+appended in one write per batch and synced; a torn last line (the process died while writing) is cut off and its row
+done again. Memory does not grow with the files. Nothing here knows about models.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _messages(row: int, value: Any) -> list[dict[str, str]]:
         raise ValueError(f"row {row}: messages is not a list of role and content strings")
     if value[-1]["role"] != "user":
         raise ValueError(f"row {row}: messages does not end with a user turn")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def check_questions(path: Path, limit: int | None = None) -> int:
@@ -118,12 +118,14 @@ class Output:
 
     def __enter__(self) -> Output:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(self.path, "a+b")  # noqa: SIM115  (closed in __exit__)
+        file = open(self.path, "a+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.close()
-            raise ValueError(f"output must not be in use; another process writes to {self.path}. Wait for it.") from None
+            raise ValueError(
+                f"output must not be in use; another process writes to {self.path}. Wait for it."
+            ) from None
         self._file = file
         try:
             self._read_done()
@@ -144,13 +146,18 @@ class Output:
 
     def append(self, lines: Iterable[dict[str, Any]]) -> None:
         """Write whole lines, in one write, and wait until they are on disk."""
-        assert self._file is not None
         rows = list(lines)
-        self._file.write(b"".join(_encoded(line) for line in rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        file = self._opened()
+        file.write(b"".join(_encoded(line) for line in rows))
+        file.flush()
+        os.fsync(file.fileno())
         for line in rows:
             self._mark(line[ROW], line[MODE])
+
+    def _opened(self) -> IO[bytes]:
+        if self._file is None:
+            raise ValueError("output must be opened with `with` before it is used.")
+        return self._file
 
     def _mark(self, row: int, mode: str) -> None:
         place = row * len(self.modes) + self.modes.index(mode)
@@ -160,13 +167,13 @@ class Output:
 
     def _read_done(self) -> None:
         """Note what is on disk, and cut off a last line without its newline."""
-        assert self._file is not None
-        self._file.seek(0)
+        file = self._opened()
+        file.seek(0)
         end = 0
-        for number, line in enumerate(self._file):
+        for number, line in enumerate(file):
             if not line.endswith(b"\n"):
                 self.torn = True
-                self._file.truncate(end)
+                file.truncate(end)
                 break
             end += len(line)
             self._note(number, line)
@@ -177,7 +184,9 @@ class Output:
             entry = json.loads(line)
             row, mode, run = entry[ROW], entry[MODE], entry[RUN]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"output must be a file written by this command; got another line at {at}. Move it.") from None
+            raise ValueError(
+                f"output must be a file written by this command; got another line at {at}. Move it."
+            ) from None
         if run != self.run:
             raise ValueError(
                 f"output must come from the same adapter, steps and limits; {at} has run {run}, this is {self.run}. "
@@ -210,7 +219,7 @@ def windows(questions: Iterable[Question], size: int) -> Iterator[list[Question]
 
 
 def output_line(question: Question, mode: str, run: str, chain: dict[str, Any]) -> dict[str, Any]:
-    """One output line: where it belongs, the chain, and the input's columns; columns of the same name go to ``input``."""
+    """One output line: where it belongs, the chain, and the input's columns; those of the same name go to ``input``."""
     line: dict[str, Any] = {ROW: question.row, MODE: mode, RUN: run, "messages": question.messages} | chain
     kept = {k: v for k, v in question.columns.items() if k not in line}
     hidden = {k: v for k, v in question.columns.items() if k in line and k != "messages"}

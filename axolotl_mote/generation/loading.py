@@ -57,12 +57,14 @@ def read_adapter_config(adapter_dir: str | Path) -> dict[str, Any]:
     path = Path(adapter_dir) / "adapter_config.json"
     if not path.is_file():
         raise ValueError(
-            f"adapter must be a folder with adapter_config.json; found none at {adapter_dir}. Pass the output_dir of a training run."
+            f"adapter must be a folder with adapter_config.json; found none at {adapter_dir}. "
+            "Pass the output_dir of a training run."
         )
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if config.get("peft_type") != "MOTE":
         raise ValueError(
-            f"adapter must have peft_type MOTE; got {config.get('peft_type')} at {path}. Load it with peft.PeftModel instead."
+            f"adapter must have peft_type MOTE; got {config.get('peft_type')} at {path}. "
+            "Load it with peft.PeftModel instead."
         )
     return config
 

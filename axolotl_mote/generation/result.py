@@ -1,7 +1,7 @@
 """What came out of a generation: `Chain`, and reading one off token ids.
 
-Structure is read from marker *ids* alone. Text that merely looks like a marker is text, and nothing is ever searched for
-in decoded strings.
+Structure is read from marker *ids* alone. Text that merely looks like a marker is text, and nothing is ever searched
+for in decoded strings.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Chain:
         texts: Text of each step of the chain, in order.
         token_counts: Tokens of each step, its two markers not counted.
         answer_step: Name of the step the user sees.
-        finished: Whether the model itself ended the answer. False for an answer cut at a limit, and for an invalid chain.
+        finished: Whether the model itself ended the answer; False if it was cut at a limit or the chain is invalid.
         truncated: Steps that were closed because a limit or the budget was used up.
         valid: Whether the tokens form a chain: known steps in order, each closed, nothing between them, one answer.
         vocabulary: The steps of the model.
@@ -111,7 +111,9 @@ class Chain:
             "spent": self.spent,
         }
         if self.attempts:
-            row["attempts"] = [{"steps": list(a.steps), "verdict": a.verdict, "tokens": a.tokens} for a in self.attempts]
+            row["attempts"] = [
+                {"steps": list(a.steps), "verdict": a.verdict, "tokens": a.tokens} for a in self.attempts
+            ]
         return row
 
 
@@ -206,9 +208,7 @@ class _Reader:
         if not self._open:
             return
         name = self.names[self._open - 1]
-        forced = forced or (
-            self.must_close is not None and self.must_close(self._open, len(self._text), len(self.ids))
-        )
+        forced = forced or (self.must_close is not None and self.must_close(self._open, len(self._text), len(self.ids)))
         if name in self.texts:
             self.valid = False  # a step twice: the first one stands
         else:

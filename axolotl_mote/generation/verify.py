@@ -1,8 +1,8 @@
 """Verify mode: answer short, have the answer judged, think longer while it is judged unsafe.
 
-The paper builds its data this way (adaptive length); here the same loop runs at inference. It is bounded by the number of
-reasoning steps: with analysis and guidance there are at most three attempts. Text that was generated for a shorter chain
-is kept: the attempt after "analysis, answer" continues that very analysis.
+The paper builds its data this way (adaptive length); here the same loop runs at inference. It is bounded by the number
+of reasoning steps: with analysis and guidance there are at most three attempts. Text that was generated for a shorter
+chain is kept: the attempt after "analysis, answer" continues that very analysis.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def verify_chains(
             after=done,
             used=max(len(kept[i]) for i in pending),
         )
-        chains = [_joined(results[i], chain, vocabulary.reasoning[:done]) for i, chain in zip(pending, new, strict=True)]
+        chains = [
+            _joined(results[i], chain, vocabulary.reasoning[:done]) for i, chain in zip(pending, new, strict=True)
+        ]
         verdicts = _verdicts(chains, None if own_check else judge, [dialogues[i] for i in pending])
         for i, chain, verdict in zip(pending, chains, verdicts, strict=True):
             results[i] = _with_attempt(results[i], chain, verdict)
@@ -128,7 +130,9 @@ class BaseModelJudge:
 
     def __call__(self, dialogues: Sequence[Messages], answers: Sequence[str]) -> list[str]:
         """Judge each answer to the last message of its dialogue."""
-        return [self._judge(messages[-1]["content"], answer) for messages, answer in zip(dialogues, answers, strict=True)]
+        return [
+            self._judge(messages[-1]["content"], answer) for messages, answer in zip(dialogues, answers, strict=True)
+        ]
 
     def _judge(self, question: str, answer: str) -> str:
         prompt = encode_question(

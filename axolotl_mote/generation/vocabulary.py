@@ -51,7 +51,9 @@ class StepVocabulary:
             ValueError: If the model has no such step.
         """
         if name not in self.steps:
-            raise ValueError(f"steps must name steps of this adapter, {list(self.steps)}; got {name!r}. Correct the name.")
+            raise ValueError(
+                f"steps must name steps of this adapter, {list(self.steps)}; got {name!r}. Correct the name."
+            )
         return self.steps.index(name) + 1
 
     def kinds(self) -> dict[int, int]:
