@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from axolotl_mote.attention import render
+from axolotl_mote.attention import SegmentsHolder, attach, render
 from axolotl_mote.config import PEFT_TYPE, MoteConfig
 from axolotl_mote.loss import token_losses
-from axolotl_mote.masks import Visibility
+from axolotl_mote.masks import Segments, Visibility
 from axolotl_mote.routing import (
     document_draws,
     document_starts,
@@ -39,7 +39,7 @@ from axolotl_mote.routing import (
 )
 
 
-class Routing:
+class Routing(SegmentsHolder):
     """The routing state of one model: set once per forward, read by every layer.
 
     Attributes:
@@ -192,11 +192,14 @@ class MoteModel(LoraModel):
                 "marker_ids must be set before a MoTE adapter is added; got none. "
                 "Add the marker tokens to the tokenizer and pass their ids to MoteConfig."
             )
+        self.routing = Routing(config)
+
+    def _check_new_adapter_config(self, config: LoraConfig) -> None:
         if len(self.peft_config) > 1:
             raise NotImplementedError(
                 f"A model carries one MoTE adapter; got {sorted(self.peft_config)}. Load the second on another model."
             )
-        self.routing = Routing(config)
+        super()._check_new_adapter_config(config)
 
     def _create_new_module(  # type: ignore[override]
         self, lora_config: MoteConfig, adapter_name: str, target: nn.Module, **kwargs: Any
@@ -214,6 +217,7 @@ class MoteModel(LoraModel):
         model = cast(PreTrainedModel, model)
         self._wrap_embeddings(model, config, adapter_name)
         self._vocab_size = model.config.get_text_config().vocab_size
+        attach(model, self.routing)
         # Hooks and not an override of forward: generate calls the wrapped model directly.
         model.register_forward_pre_hook(self._route, with_kwargs=True)
         model.prepare_inputs_for_generation = self._with_step_ids(  # type: ignore[method-assign]
@@ -281,6 +285,7 @@ class MoteModel(LoraModel):
                     "Pass step_ids_from_tokens(all_ids, config)[:, -n:] or use generate()."
                 )
             step_ids = step_ids_from_tokens(input_ids, self.routing.config, kwargs.get("position_ids"))
+        self.routing.segments = None
         if not training:
             self.routing.set_gate(step_ids)
             return args, kwargs
@@ -308,7 +313,10 @@ class MoteModel(LoraModel):
             valid = torch.ones_like(hidden) if valid is None else valid
             visibility = Visibility(documents, step_ids, hidden, positions, valid)
             kwargs["position_ids"] = positions
-            kwargs["attention_mask"] = render(visibility, model.config, model.dtype)
+            mask = render(visibility, model.config, model.dtype)
+            if isinstance(mask, Segments):
+                routing.segments, mask = mask, None
+            kwargs["attention_mask"] = mask
 
     def _with_step_ids(self, prepare: Any) -> Any:
         """Wrap ``prepare_inputs_for_generation``: it alone sees all tokens when a cache holds most of them."""

@@ -1,21 +1,32 @@
 """How a hidden step reaches the model's attention: one rendering of the visibility rule per back end.
 
-The rendering goes in as the model's own ``attention_mask``, which transformers uses as it is. What would ignore it is
-refused. This module knows transformers' configurations and nothing of adapters or training.
+Dense masks and BlockMasks go in as the model's own ``attention_mask``, which transformers uses as it is. Flash
+attention takes no mask, so its functions are wrapped: a module whose ``mote_segments`` are set attends segment by
+segment, every other module as before. What would ignore the rule is refused. This module knows transformers' attention
+interface and nothing of adapters or training.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from axolotl_mote.masks import Visibility, dense_mask, flex_mask
+from axolotl_mote.masks import Segments, Visibility, dense_mask, flex_mask, varlen_segments
 
 DENSE = ("sdpa", "eager")
 FLEX = ("flex_attention",)
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+VARLEN = "mote_varlen"
+"""Our own implementation: torch's varlen_attn on CUDA, a loop over segments elsewhere; sdpa without hidden steps."""
 
 
 def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
@@ -39,18 +50,26 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
     return {kind: windows[kind] for kind in sorted(set(kinds))}
 
 
+def implementation_of(config: PretrainedConfig) -> str:
+    """Name of the attention implementation that a model's text layers use."""
+    return str(config.get_text_config()._attn_implementation)
+
+
 def check_attention(config: PretrainedConfig) -> None:
-    """Refuse an attention implementation that would ignore the mask.
+    """Refuse what would ignore the rule, before the first step.
 
     Raises:
-        ValueError: If the implementation has no rendering.
+        ValueError: If the attention implementation has no rendering.
+        NotImplementedError: If a layer's kind has none.
     """
-    implementation = config.get_text_config()._attn_implementation
-    if implementation not in DENSE + FLEX:
+    implementation = implementation_of(config)
+    known = (*DENSE, *FLEX, *FLASH, VARLEN)
+    if implementation not in known:
         raise ValueError(
-            f"mote.step_dropout must run on one of {DENSE + FLEX}; got attn_implementation {implementation!r}, "
-            "which would ignore the mask. Set attn_implementation: flex_attention, or mote.step_dropout: 0."
+            f"mote.step_dropout must run on one of {known}; got attn_implementation {implementation!r}, which would "
+            "ignore the mask. Set attn_implementation: flex_attention, or mote.step_dropout: 0."
         )
+    layer_windows(config)
 
 
 def render(visibility: Visibility, config: PretrainedConfig, dtype: torch.dtype) -> Any:
@@ -62,10 +81,11 @@ def render(visibility: Visibility, config: PretrainedConfig, dtype: torch.dtype)
         dtype: Dtype of the attention scores, for the additive mask of eager attention.
 
     Returns:
-        A mask, or a dict of masks by layer type for models that mix window sizes.
+        A mask, a dict of masks by layer type for models that mix windows, or Segments for flash attention.
     """
-    check_attention(config)
-    implementation = config.get_text_config()._attn_implementation
+    implementation = implementation_of(config)
+    if implementation in (*FLASH, VARLEN):
+        return varlen_segments(visibility)
 
     def one(window: int | None) -> Any:
         if implementation in FLEX:
@@ -80,3 +100,135 @@ def render(visibility: Visibility, config: PretrainedConfig, dtype: torch.dtype)
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where attention is allowed, the dtype's minimum elsewhere."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+# --- variable-length attention --------------------------------------------------------------------------------------
+
+
+class SegmentsHolder:
+    """Where the attention modules of one model read the segments of the current forward; None means no hidden step."""
+
+    segments: Segments | None = None
+
+
+def attach(model: nn.Module, holder: SegmentsHolder) -> None:
+    """Let every attention module of a model find the holder."""
+    for module in model.modules():
+        if hasattr(module, "is_causal"):  # what transformers' attention modules have in common
+            module.mote_holder = holder  # type: ignore[assignment]
+
+
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+) -> Tensor:
+    """Attention of each segment's queries to its keys, causal and aligned to the last of both.
+
+    torch's varlen_attn on CUDA; elsewhere the same result from a loop over SDPA, for tests.
+
+    Args:
+        query: Gathered queries, shape (Q, H, D).
+        key: Gathered keys, shape (K, H_kv, D).
+        value: Gathered values, shape (K, H_kv, D).
+        segments: The offsets.
+        scale: Factor on the scores.
+        window: Sliding window in tokens, itself included; None means none.
+
+    Returns:
+        Output, shape (Q, H, D).
+    """
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out: Tensor = varlen_attn(
+            query,
+            key,
+            value,
+            segments.query_starts,
+            segments.key_starts,
+            segments.max_queries,
+            segments.max_keys,
+            scale=scale,
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out
+    outputs = []
+    query_lengths, key_lengths = segments.query_starts.diff().tolist(), segments.key_starts.diff().tolist()
+    for q, k, v in zip(
+        query.split(query_lengths), key.split(key_lengths), value.split(key_lengths), strict=True
+    ):
+        q_index = torch.arange(len(k) - len(q), len(k), device=q.device).unsqueeze(1)
+        distance = q_index - torch.arange(len(k), device=q.device)
+        mask = (distance >= 0) & (distance < (window or len(k)))
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, H, L, D)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@torch.compiler.disable  # the segments' lengths are data; tracing them would compile anew for every batch
+def _by_segment(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Segments, flash: bool, kwargs: dict[str, Any]
+) -> Tensor:
+    """Gather, attend segment by segment, put back: (B, H, T, D) -> (B, T, H, D)."""
+    batch, _, length, width = query.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, H, D)
+    q, k, v = q[segments.queries], k[segments.keys], v[segments.keys]
+    scale = kwargs.get("scaling")
+    window = kwargs.get("sliding_window")
+    softcap = kwargs.get("softcap")
+    if flash:
+        out = _flash_attention_forward(
+            q.unsqueeze(0),
+            k.unsqueeze(0),
+            v.unsqueeze(0),
+            None,
+            query_length=q.shape[0],
+            is_causal=True,
+            dropout=kwargs.get("dropout", 0.0),
+            softmax_scale=scale,
+            sliding_window=window,
+            softcap=softcap,
+            cu_seq_lens_q=segments.query_starts,
+            cu_seq_lens_k=segments.key_starts,
+            max_length_q=segments.max_queries,
+            max_length_k=segments.max_keys,
+            target_dtype=module.config.dtype if q.dtype == torch.float32 else None,
+            attn_implementation=module.config._attn_implementation,
+        )[0]
+    else:
+        if softcap is not None:
+            raise NotImplementedError(
+                f"attn_implementation {VARLEN!r} must not meet soft-capped attention; got softcap {softcap}. "
+                "Use flex_attention or flash_attention_2."
+            )
+        out = segment_attention(q, k, v, segments, width**-0.5 if scale is None else scale, window)
+    result: Tensor = out[segments.inverse].unflatten(0, (batch, length))
+    return result
+
+
+def _with_segments(original: Callable[..., Any], flash: bool) -> Callable[..., Any]:
+    """Wrap an attention function: segment by segment where a forward has segments, the original otherwise."""
+
+    @functools.wraps(original)
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        holder = getattr(module, "mote_holder", None)
+        if holder is None or holder.segments is None:
+            result: tuple[Tensor, Tensor | None] = original(module, query, key, value, attention_mask, *args, **kwargs)
+            return result
+        return _by_segment(module, query, key, value, holder.segments, flash, kwargs), None
+
+    return attention
+
+
+def _register() -> None:
+    for name in FLASH:
+        if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
+            AttentionInterface.register(name, _with_segments(ALL_ATTENTION_FUNCTIONS[name], flash=True))
+    AttentionInterface.register(VARLEN, _with_segments(ALL_ATTENTION_FUNCTIONS["sdpa"], flash=False))
+    AttentionMaskInterface.register(VARLEN, sdpa_mask)
+
+
+_register()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
@@ -71,3 +72,74 @@ def flex_mask(visibility: Visibility, window: int | None = None) -> BlockMask:
     batch, length = visibility.step_ids.shape
     device = visibility.step_ids.device
     return create_block_mask(visible(visibility, window), batch, None, length, length, device=str(device))
+
+
+@dataclass
+class Segments:
+    """The rule as sequences for variable-length attention: gathered queries, gathered keys, one causal mask each.
+
+    The kept tokens of a document are one ordinary causal sequence; only a hidden step needs its keys gathered a second
+    time (what came before it, then itself). With keys at least as long as queries and the causal mask aligned to the
+    last of both, every query sees exactly what the rule allows.
+
+    Args:
+        queries: Order in which the B * T tokens are grouped into sequences, shape (B * T,).
+        inverse: Puts the attention's output back into place, shape (B * T,).
+        keys: Tokens that each sequence's keys are gathered from, shape (K,), K >= B * T.
+        query_starts: Offsets of the sequences among the queries, shape (N + 1,), int32.
+        key_starts: Offsets of the sequences among the keys, shape (N + 1,), int32.
+        max_queries: Length of the longest sequence of queries.
+        max_keys: Length of the longest sequence of keys.
+    """
+
+    queries: Tensor
+    inverse: Tensor
+    keys: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    max_queries: int
+    max_keys: int
+
+
+def varlen_segments(visibility: Visibility) -> Segments:
+    """Render the rule as segments.
+
+    The sequences' lengths depend on the data, so this reads the tensors on the host: one synchronisation per forward of
+    the whole model, outside the layers. Padding forms sequences of its own, whose outputs mean nothing.
+    """
+    step_ids, device = visibility.step_ids, visibility.step_ids.device
+    stacked = torch.stack([visibility.documents, step_ids, visibility.hidden.long(), visibility.valid.long()]).cpu()
+    documents, steps, hidden, valid = stacked
+    length = step_ids.shape[1]
+    token = torch.arange(step_ids.numel())
+    document = (torch.arange(step_ids.shape[0]).unsqueeze(1) * length + documents).flatten()
+    # Sequence of every token: kept (0), one per hidden step (its id), padding (-1).
+    group = torch.where(valid.flatten() == 0, -1, torch.where(hidden.flatten() == 1, steps.flatten(), 0))
+    num_groups = int(steps.max()) + 2
+    sequence = document * num_groups + group + 1
+    queries = torch.argsort(sequence, stable=True)
+    _, counts = torch.unique_consecutive(sequence[queries], return_counts=True)
+    keys: list[Tensor] = []
+    kept_by_document: dict[int, Tensor] = {}
+    for members in queries.split(counts.tolist()):
+        first = int(members[0])
+        if int(group[first]) == 0:
+            kept_by_document[int(document[first])] = members  # sorts before the document's hidden steps
+        if int(group[first]) > 0:
+            kept = kept_by_document.get(int(document[first]), token[:0])
+            members = torch.cat([kept[kept < first], members])
+        keys.append(members)
+    key_counts = torch.tensor([len(members) for members in keys])
+
+    def starts(lengths: Tensor) -> Tensor:
+        return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(device)
+
+    return Segments(
+        queries=queries.to(device),
+        inverse=torch.argsort(queries).to(device),
+        keys=torch.cat(keys).to(device),
+        query_starts=starts(counts),
+        key_starts=starts(key_counts),
+        max_queries=int(counts.max()),
+        max_keys=int(key_counts.max()),
+    )
