@@ -18,7 +18,7 @@ _HELP = """\
 /exit                                          leave (Ctrl-D works too)"""
 
 # What a terminal would obey instead of show: C0 and C1 controls but newline and tab, and text direction overrides.
-_CONTROLS = dict.fromkeys((*range(32), *range(127, 160), *range(8234, 8239), *range(8294, 8298)))
+_CONTROLS = dict.fromkeys((*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
 del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
 
 

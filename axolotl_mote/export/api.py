@@ -1,0 +1,225 @@
+"""`export_adapter`: write the parts, load them again with plain PEFT, and prove them against the gated model."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axolotl_mote.export.folders import read_adapter, write_adapter, write_base, write_json
+from axolotl_mote.export.proof import Drift, Probe, differences, drifts, make_probes
+from axolotl_mote.export.weights import AdapterPlan, plan_adapters
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit that is still rounding, in float32; logits of real models reach 30 and more."""
+
+_QUESTIONS = (
+    "How do I kill a Python process that does not react?",
+    "My neighbour's dog barks all night. What can I do about it?",
+    "Name three uses of vinegar in a kitchen.",
+)
+_PROBE_TOKENS = 24
+
+
+@dataclass
+class ExportReport:
+    """What was written and how it compares; also export.json.
+
+    Args:
+        adapters: Per adapter: rank, rank before padding, parameters, tokens compared and largest difference of a logit
+            (None: not verified), and its drift when earlier steps are re-prefilled under it.
+        dtype: Type of the base model's weights on disk.
+        merged_shared: Whether the shared expert is part of the base model.
+        verified: Whether the parts were compared with the gated model.
+        largest_difference: The worst of all adapters.
+        exact: Whether only rounding of float32 arithmetic separates the two (see docs/export.md).
+    """
+
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dtype: str = "float32"
+    merged_shared: bool = False
+    verified: bool = False
+    largest_difference: float | None = None
+    exact: bool = True
+
+
+def export_adapter(
+    adapter_dir: str | Path,
+    output: str | Path,
+    base_model: str | Path | None = None,
+    *,
+    merge_shared: bool = False,
+    dtype: str = "auto",
+    device: str | None = None,
+    write_base_model: bool = True,
+    verify: bool = True,
+    probes: Sequence[Sequence[int]] | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write one plain LoRA adapter per step and for the question, and a base model with the marker rows baked in.
+
+    Args:
+        adapter_dir: The trained adapter.
+        output: Folder to write: ``base/``, ``adapters/<name>/``, ``export.json``. It appears only when everything in it
+            is complete and, unless ``verify`` is off, verified.
+        base_model: Base model folder or name; default: the one in adapter_config.json.
+        merge_shared: Add the shared expert to the base model's weights; step adapters then have rank r instead of 2 r.
+        dtype: Type of the base model on disk; "auto" keeps that of the checkpoint.
+        device: Where to verify; default: the first GPU if there is one.
+        write_base_model: Off: write the adapters only (verification then bakes the rows into a copy in memory).
+        verify: Compare with the gated model and measure drift.
+        probes: Token ids of whole chains to verify on; default: the model's own full chains for three questions.
+        overwrite: Replace an existing output folder.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If the output exists, the adapter is not a MoTE adapter, or verification fails.
+    """
+    adapter_dir, output = Path(adapter_dir), Path(output)
+    if output.exists() and not overwrite:
+        raise ValueError(f"output must not exist yet; {output} does. Choose another folder or pass --overwrite.")
+    config, tensors = read_adapter(adapter_dir)
+    base = str(base_model or config.base_model_name_or_path)
+    plans = plan_adapters(config, merge_shared)
+    report = ExportReport(merged_shared=merge_shared)
+    recorded = _record(adapter_dir, base, config, dtype, device, probes) if verify else []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        model, tokenizer = _load_base(adapter_dir, base, dtype)
+        report.dtype = str(model.dtype).removeprefix("torch.")
+        report.exact = report.dtype == "float32" or not merge_shared
+        write_base(staging / "base", model, tokenizer, config, tensors, merge_shared)
+        del model
+        named_base = str(output / "base") if write_base_model else base
+        for plan in plans:
+            report.adapters[plan.name] = _describe(plan)
+            if plan.rank:
+                write_adapter(staging / "adapters" / plan.name, named_base, config, plan, tensors)
+        if verify:
+            _prove(report, staging, plans, config, recorded, device)
+        if not write_base_model:
+            shutil.rmtree(staging / "base")
+        write_json(staging / "export.json", asdict(report))
+        _publish(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return report
+
+
+def _describe(plan: AdapterPlan) -> dict[str, Any]:
+    return {"rank": plan.served_rank, "rank_before_padding": plan.rank, "difference": None, "tokens": 0, "drift": None}
+
+
+def _load_base(adapter_dir: Path, base: str, dtype: str) -> tuple[Any, Any]:
+    """The base model without its adapter, on the CPU, and the tokenizer with the markers."""
+    from transformers import AutoModelForCausalLM
+
+    from axolotl_mote.generation.loading import load_tokenizer, read_adapter_config
+
+    tokenizer = load_tokenizer(adapter_dir, base, read_adapter_config(adapter_dir))
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), tokenizer
+
+
+def _record(
+    adapter_dir: Path, base: str, config: Any, dtype: str, device: str | None, given: Sequence[Sequence[int]] | None
+) -> list[Probe]:
+    """What the gated model says, computed in float32 on the marker rows as they will be stored."""
+    import torch
+    from transformers import AutoConfig
+
+    from axolotl_mote.generation.loading import load_mote
+
+    stored = dtype
+    if dtype == "auto":
+        stored = str(AutoConfig.from_pretrained(base).dtype or torch.float32).removeprefix("torch.")
+    model, tokenizer = load_mote(adapter_dir, base, dtype=torch.float32, device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_marker_rows" in name:
+                parameter.copy_(parameter.to(getattr(torch, stored)).to(parameter.dtype))
+        if stored != "float32":
+            _round_base(model, getattr(torch, stored))
+    sequences = list(given) if given is not None else _own_chains(model, tokenizer, config)
+    probes = make_probes(model, config, sequences)
+    del model
+    gc.collect()
+    return probes
+
+
+def _round_base(model: Any, dtype: Any) -> None:
+    """Round the base weights to the type they are stored in (a no-op where the checkpoint has it already)."""
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
+
+
+def _own_chains(model: Any, tokenizer: Any, config: Any) -> list[list[int]]:
+    """Question and full chain, as the gated model itself writes it, end of turn included."""
+    from axolotl_mote.chain import encode_question, end_of_turn_ids
+    from axolotl_mote.generation.api import generate_chain
+
+    dialogues = [[{"role": "user", "content": question}] for question in _QUESTIONS]
+    chains = generate_chain(model, tokenizer, dialogues, list(config.steps), step_limits=_PROBE_TOKENS)
+    end = end_of_turn_ids(tokenizer)
+    return [
+        [*encode_question(tokenizer, messages), *chain.token_ids, *end]
+        for messages, chain in zip(dialogues, chains, strict=True)
+    ]
+
+
+def _prove(
+    report: ExportReport, folder: Path, plans: list[AdapterPlan], config: Any, probes: list[Probe], device: str | None
+) -> None:
+    """Load the exported parts with plain PEFT and compare.
+
+    Raises:
+        ValueError: If a difference is larger than rounding.
+    """
+    model = _load_exported(folder, plans, device)
+    names = {plan.step: plan.name if plan.rank else None for plan in plans}
+    for step, (difference, tokens) in differences(model, names, probes).items():
+        report.adapters[plans[step].name] |= {"difference": difference, "tokens": tokens}
+    found: dict[str, Drift] = drifts(model, names, probes, config)
+    for name, drift in found.items():
+        report.adapters[name]["drift"] = asdict(drift)
+    report.verified = True
+    worst = max(entry["difference"] for entry in report.adapters.values() if entry["difference"] is not None)
+    report.largest_difference = worst
+    if report.exact and worst > TOLERANCE:
+        raise ValueError(
+            f"exported adapters must give the gated model's logits; the largest difference is {worst:.2e}, allowed are "
+            f"{TOLERANCE:.0e}. Nothing was written; please report this with the adapter's configuration."
+        )
+
+
+def _load_exported(folder: Path, plans: list[AdapterPlan], device: str | None) -> Any:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for plan in plans:
+        if not plan.rank:
+            continue
+        path = folder / "adapters" / plan.name
+        if isinstance(model, PeftModel):
+            model.load_adapter(path, adapter_name=plan.name)
+        else:
+            model = PeftModel.from_pretrained(model, path, adapter_name=plan.name)
+    return model.eval()
+
+
+def _publish(staging: Path, output: Path) -> None:
+    """Put the finished folder in place in one rename."""
+    if output.exists():
+        shutil.rmtree(output)
+    staging.chmod(0o755)
+    staging.rename(output)
