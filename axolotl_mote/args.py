@@ -35,6 +35,10 @@ class MoteOptions(BaseModel):
         description="Probability of hiding a step from all later ones while training; one value, or one per step. "
         "The answer and what follows it are never hidden.",
     )
+    compile: Literal["auto", "layers", "off"] = Field(
+        default="auto",
+        description="Compile every decoder layer on its own: `auto` does so on CUDA, and where `torch_compile` is set.",
+    )
     step_loss_weights: dict[str, float] = Field(
         default_factory=dict, description="Weight of each step's tokens in the loss; 1.0 where absent."
     )

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from axolotl_mote.steps import CHECK, DEFAULT_STEPS, IGNORE_INDEX, answer_step, end_marker, markers, start_marker, validate_steps
 
-LOG = logging.getLogger(__name__)
+LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
 
 _ROLES = ("system", "user", "assistant")
 _MAX_REPORTED = 50

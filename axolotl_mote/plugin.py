@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 
 from axolotl_mote.args import MoteOptions, check_config
 from axolotl_mote.steps import markers
+
+LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
 
 CHAIN_TYPE = "axolotl_mote.chain"
 
@@ -23,11 +26,16 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Check what validation would let through, and have axolotl add the marker tokens to the tokenizer."""
-        if cfg.get("adapter") == "mote":
-            check_config(cfg)
         if not _concerns(cfg):
             return
         options = MoteOptions(**(cfg.get("mote") or {}))
+        if cfg.get("adapter") == "mote":
+            check_config(cfg)
+            _quantize_through_model_kwargs(cfg)
+            if cfg.get("torch_compile") and options.compile != "off":
+                # Compiling layer by layer is as fast, starts sooner and never compiles the routing.
+                cfg["torch_compile"] = False
+                cfg["mote"] = {**(cfg.get("mote") or {}), "compile": "layers"}
         special = dict(cfg.get("special_tokens") or {})
         extra = list(special.get("additional_special_tokens") or [])
         special["additional_special_tokens"] = extra + [text for text in markers(options.steps) if text not in extra]
@@ -80,6 +88,7 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
         """Add a fresh adapter, or load the one that `lora_model_dir` names."""
         if cfg.adapter != "mote":
             return None
+        import torch
         from axolotl.loaders import load_tokenizer
         from axolotl.loaders.adapter import find_all_linear_names
         from peft import PeftModel
@@ -88,8 +97,9 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
         from axolotl_mote.chain import marker_ids, marker_words
         from axolotl_mote.config import MoteConfig
 
-        if model is not None and hasattr(self, "_true_rows"):
+        if model is not None:
             model.get_input_embeddings().num_embeddings = self._true_rows
+            model = _prepare_base(model, cfg)
         options, tokenizer = _options(cfg), load_tokenizer(cfg)
         targets = list(cfg.lora_target_modules or [])
         if cfg.lora_target_linear and model is not None:
@@ -118,6 +128,9 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
             model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not serving, **kwargs)
             config = model.peft_config["default"]
         else:
+            # Loading the base model draws numbers, and not equally many under ZeRO-3: without this the fresh experts
+            # would depend on how the run is launched.
+            torch.manual_seed(cfg.seed or 0)
             model = add_mote_adapter(model, config, marker_words(tokenizer, options.steps), **kwargs)
         tuner = mote_model(model)
         assert tuner is not None
@@ -125,6 +138,16 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
         tuner.routing.step_dropout = options.dropout_probabilities
         model.print_trainable_parameters()
         return model, config
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        """Compile the decoder layers, where asked for or on CUDA."""
+        if cfg.adapter != "mote" or cfg.inference:
+            return
+        wanted = _options(cfg).compile
+        if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda"):
+            for layer in model.get_base_model().get_decoder().layers:
+                layer.compile(backend=cfg.torch_compile_backend or "inductor")
+            LOG.info("mote.compile: compiled each decoder layer on its own")
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """The trainer with MoTE's loss, for `adapter: mote` and for chain data under another adapter."""
@@ -159,23 +182,78 @@ def _options(cfg: Any) -> MoteOptions:
     return MoteOptions(**(block.to_dict() if hasattr(block, "to_dict") else dict(block)))
 
 
-def _let_cpu_processes_meet() -> None:
-    """Let several processes on a machine without accelerator use gloo.
+def _quantize_through_model_kwargs(cfg: dict[str, Any]) -> None:
+    """Hand 4-bit and 8-bit loading to transformers; axolotl does so for the adapters that it knows by name only."""
+    if not (cfg.get("load_in_4bit") or cfg.get("load_in_8bit")):
+        return
+    if cfg.get("load_in_4bit"):
+        compute = "bfloat16" if cfg.get("bf16") else "float16" if cfg.get("fp16") else "float32"
+        quantization = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": compute,
+            **(cfg.get("bnb_config_kwargs") or {}),
+        }
+    else:
+        quantization = {"load_in_8bit": True}
+    quantization["quant_method"] = "bitsandbytes"
+    cfg["model_kwargs"] = {**(cfg.get("model_kwargs") or {}), "quantization_config": quantization}
 
-    accelerate leaves the back end empty there and then believes in a single process. Only such runs are touched.
+
+def _prepare_base(model: Any, cfg: Any) -> Any:
+    """Check the loaded base and choose its attention: refuse what is silently not as asked for."""
+    import torch
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    from axolotl_mote.attention import DENSE, check_attention, implementation_of
+
+    if cfg.load_in_4bit or cfg.load_in_8bit:
+        if getattr(model, "quantization_method", None) is None:
+            key = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit"
+            raise ValueError(f"{key} must quantize the base model; it was loaded in {model.dtype}. Remove the key.")
+        if not is_deepspeed_zero3_enabled():
+            from peft import prepare_model_for_kbit_training
+
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(cfg.gradient_checkpointing))
+    if any(_options(cfg).dropout_probabilities):
+        if torch.cuda.is_available() and implementation_of(model.config) in DENSE:
+            # A dense mask costs about half a training step more on a GPU; flex_attention costs nothing.
+            LOG.info("mote.step_dropout: %s -> flex_attention", implementation_of(model.config))
+            model.set_attn_implementation("flex_attention")
+        check_attention(model.config)
+        LOG.info("mote.step_dropout: hidden steps through %s", implementation_of(model.config))
+    return model
+
+
+def _let_cpu_processes_meet() -> None:
+    """Let several processes on a machine without accelerator train together, over gloo.
+
+    accelerate leaves the back end empty there and then believes in a single process, and axolotl places the model of
+    every process on the accelerator of its local rank. Only such runs are touched.
     """
     import torch
-    from accelerate.state import PartialState
+    from accelerate.state import DistributedType, PartialState
 
     if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
-    original = PartialState._prepare_backend
-    if getattr(original, "_mote", False):
+    prepare = PartialState._prepare_backend
+    if getattr(prepare, "_mote", False):
         return
+    from axolotl.loaders.model import ModelLoader
+
+    place = ModelLoader._set_device_map_config
 
     def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> Any:
-        backend, distributed_type = original(self, *args, **kwargs)
-        return backend or "gloo", distributed_type
+        backend, distributed_type = prepare(self, *args, **kwargs)
+        # Without the type the processes would meet but no gradient be averaged.
+        return (backend, distributed_type) if backend else ("gloo", DistributedType.MULTI_CPU)
+
+    def set_device_map_config(self: Any) -> None:
+        place(self)
+        if "device_map" in self.model_kwargs:
+            self.model_kwargs["device_map"] = {"": "cpu"}
 
     prepare_backend._mote = True  # type: ignore[attr-defined]
     PartialState._prepare_backend = prepare_backend
+    ModelLoader._set_device_map_config = set_device_map_config
