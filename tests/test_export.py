@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from axolotl_mote.config import MoteConfig
 from axolotl_mote.export import build_adapter, export_adapter, plan_adapters
 from axolotl_mote.export.proof import make_probes
 from axolotl_mote.export.weights import shared_updates
+from axolotl_mote.routing import step_ids_from_tokens
 
 ROW = {
     "messages": [{"role": "user", "content": "How do I kill a Python process?"}],
@@ -113,12 +115,27 @@ def test_real_model_in_a_process_without_our_package(tmp_path, smollm2_dir):
     model, tokenizer = smol_mote(smollm2_dir)
     adapter = save_adapter(model, tokenizer, tmp_path / "adapter", smollm2_dir)
     export_adapter(adapter, tmp_path / "out", verify=False)
-    plain, gated, step_ids = run_plain_peft(tmp_path, tmp_path / "out", model, tokenizer, STEPS)
+    plain, whole, step_ids = run_plain_peft(tmp_path, tmp_path / "out", model, tokenizer, STEPS)
+    gated = gated_by_runs(model, encode_chain(ROW, tokenizer, STEPS)["input_ids"])
     for step in range(4):
         at = step_ids == step
-        difference = (plain[at] - gated[at]).abs().max().item()
-        print(f"step {step}: {difference:.1e} at a logit scale of {gated[at].abs().max():.0f}")
-        assert difference < 1e-4
+        assert (plain[at] - gated[at]).abs().max() < 1e-4, step
+        # One forward over everything rounds in another order; logits reach 40 here.
+        assert (plain[at] - whole[at]).abs().max() < 3e-4, step
+
+
+@torch.no_grad()
+def gated_by_runs(model, ids: list[int]) -> torch.Tensor:
+    """Logits of the gated model, fed run by run of equal steps with its cache, as plain PEFT is."""
+    tokens = torch.tensor([ids])
+    step_ids = step_ids_from_tokens(tokens, model.peft_config["default"])
+    cache, start, pieces = None, 0, []
+    for _, run in groupby(step_ids[0].tolist()):
+        part = slice(start, start + len(list(run)))
+        result = model(input_ids=tokens[:, part], step_ids=step_ids[:, part], past_key_values=cache, use_cache=True)
+        cache, start = result.past_key_values, part.stop
+        pieces.append(result.logits[0])
+    return torch.cat(pieces)
 
 
 def test_ranks_and_what_is_on_disk(tmp_path):

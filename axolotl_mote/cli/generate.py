@@ -85,13 +85,13 @@ def command(
                     f"{output} holds {out.resumed} answers{' and a torn line' if out.torn else ''}; continuing.",
                     err=True,
                 )
-            runner = _Runner(model, tokenizer, chosen, out, settings, seed, decoding["check"], fingerprint)
+            runner = Runner(model, tokenizer, chosen, out, settings, seed, decoding["check"], fingerprint)
             for window in _progress(jsonl.windows(jsonl.read_questions(source, limit), batch_size), count):
                 runner.answer(window)
         _report(jsonl.summarize(output), as_json)
 
 
-class _Runner:
+class Runner:
     """Answers windows of questions in every mode and writes each batch as soon as it is done."""
 
     def __init__(

@@ -1,0 +1,145 @@
+"""Decoding speed: MoTE beside plain PEFT LoRA of the same total rank, interleaved in one run.
+
+    python tests/bench/decode.py --model models/SmolLM2-135M-Instruct
+    python tests/bench/decode.py --model models/SmolLM2-135M-Instruct --device cuda --dtype bfloat16 --batch 1 --batch 16
+
+Each variant generates the same number of tokens from the same prompts. Variants take turns within a repeat, so that a
+busy machine slows all of them; the table shows medians and the ratio to plain LoRA within each repeat.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from generation_kit import LINEARS, STEPS, random_adapter, with_markers
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+from axolotl_mote.chain import encode_question
+from axolotl_mote.generation.decoding import Decoder
+from axolotl_mote.generation.grammar import StepGrammar, make_budget, make_plan
+
+QUESTION = "Explain in a few sentences why the sky is blue at noon and red in the evening."
+
+
+def lora(model: Any, tokenizer: Any, rank: int) -> Any:
+    """Plain PEFT LoRA on all linear layers, with random B so that nothing can be skipped."""
+    peft_model = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    return peft_model.eval()
+
+
+def grammar(model: Any, tokenizer: Any, prompt_length: int, tokens: int) -> LogitsProcessorList:
+    """The grammar of the full chain, as generate_chain applies it."""
+    decoder = Decoder(model, tokenizer)
+    plan = make_plan(list(STEPS), decoder.vocabulary)
+    budget = make_budget(plan, decoder.vocabulary, tokens)
+    processor = StepGrammar(
+        decoder.vocabulary,
+        plan,
+        budget,
+        banned=decoder.banned,
+        prompt_length=prompt_length,
+        stop_id=decoder.stop_id,
+        num_tokens=len(tokenizer),
+    )
+    return LogitsProcessorList([processor])
+
+
+def generation(model: Any, ids: torch.Tensor, tokens: int, processors: Any = None) -> Callable[[], None]:
+    """A call that generates exactly `tokens` tokens for each row of ids."""
+
+    def run() -> None:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            logits_processor=processors,
+        )
+        if out.shape[1] != ids.shape[1] + tokens:
+            raise RuntimeError(f"generated {out.shape[1] - ids.shape[1]} of {tokens} tokens")
+
+    return run
+
+
+def seconds(call: Callable[[], None], device: torch.device) -> float:
+    """Wall time of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@click.command()
+@click.option("--model", "folder", required=True, help="Base model folder.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--rank", default=16, show_default=True, help="Rank of one expert; the total is four times that.")
+@click.option("--batch", "batches", multiple=True, default=(1, 16), show_default=True, type=int)
+@click.option("--tokens", default=32, show_default=True, help="New tokens of each row.")
+@click.option("--repeats", default=7, show_default=True)
+def main(folder: str, device: str, dtype: str, rank: int, batches: tuple[int, ...], tokens: int, repeats: int) -> None:
+    """Print a Markdown table of tokens per second."""
+    on = torch.device(device)
+    torch.manual_seed(0)
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(on).eval()
+
+    tokenizer = with_markers(AutoTokenizer.from_pretrained(folder))
+    plain = lora(base(), tokenizer, 4 * rank)
+    mote = random_adapter(base(), tokenizer, r=rank, scale=0.05)
+    prompt = encode_question(tokenizer, [{"role": "user", "content": QUESTION}])
+    prompt += [mote.peft_config["default"].start_ids[0]]
+    print(
+        f"{Path(folder).name}, {dtype}, {device}, {torch.get_num_threads()} thread(s); prompt {len(prompt)}, ", end=""
+    )
+    print(f"new {tokens}; median of {repeats} interleaved repeats\n")
+    print("| batch | variant | tokens/s | against LoRA r=64 |\n|---|---|---|---|".replace("64", str(4 * rank)))
+    for batch in batches:
+        ids = torch.tensor([prompt] * batch, device=on)
+        text = ids.clone()
+        text[:, -1] = prompt[0]  # plain LoRA knows no markers
+        calls = {
+            f"PEFT LoRA r={4 * rank}": generation(plain, text, tokens),
+            "MoTE, generate": generation(mote, ids, tokens),
+            "MoTE, with step grammar": generation(
+                mote, ids[:, :-1], tokens, grammar(mote, tokenizer, len(prompt) - 1, tokens)
+            ),
+        }
+        for call in calls.values():
+            call()
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeats):
+            for name, call in calls.items():
+                times[name].append(seconds(call, on))
+        reference = next(iter(times.values()))
+        for name, taken in times.items():
+            rate = batch * tokens / statistics.median(taken)
+            ratio = statistics.median(r / t for r, t in zip(reference, taken, strict=True))
+            print(f"| {batch} | {name} | {rate:.1f} | {ratio:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

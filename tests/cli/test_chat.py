@@ -1,0 +1,135 @@
+"""``axolotl mote chat``: what a person sees, and what enters the dialogue."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from click.testing import CliRunner
+from generation_kit import STEPS, save_adapter, tiny_model, tiny_mote
+from rich.console import Console
+
+from axolotl_mote.cli.chat import ChatSession, command
+from axolotl_mote.generation.streamer import StepStreamer
+from axolotl_mote.generation.vocabulary import step_vocabulary
+
+SETTINGS = {"max_new_tokens": 24, "step_limits": None, "check": False, "seed": None}
+
+
+@pytest.fixture(scope="module")
+def mote():
+    return tiny_mote()
+
+
+def session(mote, steps="analysis,response", **options) -> tuple[ChatSession, io.StringIO]:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard", width=200, highlight=False)
+    return ChatSession(*mote, steps, dict(SETTINGS), console=console, **options), screen
+
+
+def test_reasoning_is_dim_and_the_answer_plain(mote):
+    chat, screen = session(mote)
+    chat.run(iter(["hello"]))
+    shown = screen.getvalue()
+    assert "\x1b[2m" in shown[: shown.index("[analysis]")]
+    answer = chat.messages[-1]["content"]
+    tail = shown[shown.index("[analysis]") :]
+    assert chat.messages[0] == {"role": "user", "content": "hello"}
+    assert chat.messages[1]["role"] == "assistant"
+    printable = [c for c in answer if c.isalnum()]
+    assert all(c in tail for c in printable)
+    assert "[response]" not in shown
+
+
+def test_only_answers_enter_the_dialogue(mote):
+    chat, _ = session(mote, "analysis,guidance,response", system="Be brief.")
+    chat.run(iter(["one", "two"]))
+    assert [m["role"] for m in chat.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert all("<|" not in m["content"] for m in chat.messages)
+
+
+def test_commands(mote):
+    chat, screen = session(mote)
+    chat.run(iter(["hello", "/reset", "/steps thinking", "/steps verify", "/reasoning", "/help", "/exit", "never"]))
+    assert chat.messages == []
+    assert chat.steps == "verify"
+    assert not chat.show_reasoning
+    assert "must name steps of this adapter" in screen.getvalue()
+
+
+def test_hidden_reasoning(mote):
+    chat, screen = session(mote, show_reasoning=False)
+    chat.run(iter(["hello"]))
+    assert "[analysis]" not in screen.getvalue()
+
+
+def test_cut_answers_and_verdicts_are_shown(mote):
+    chat, screen = session(mote)
+    chat.settings["step_limits"] = 1
+    chat.run(iter(["hello", "/steps verify", "hello again"]))
+    assert "unfinished" in screen.getvalue()
+    assert "judged" in screen.getvalue()
+
+
+def test_too_long_a_message_is_refused_and_forgotten(mote):
+    chat, screen = session(mote)
+    chat.run(iter(["x" * 5000]))
+    assert chat.messages == []
+    assert "4096 positions" in screen.getvalue()
+
+
+def test_control_characters_do_not_reach_the_terminal(mote):
+    chat, screen = session(mote)
+    chat._show("response", "")
+    chat._show("response", "a\x1b]0;title\x07\x9b31m\u202eb")
+    assert "a]0;title31mb" in screen.getvalue()
+
+
+def test_streamed_text_equals_the_chain(mote):
+    model, tokenizer = mote
+    from axolotl_mote.generation import generate_chain
+
+    pieces: dict[str, str] = {}
+    streamer = StepStreamer(
+        tokenizer, step_vocabulary(model, tokenizer), lambda s, t: pieces.__setitem__(s, pieces.get(s, "") + t)
+    )
+    for _ in range(2):
+        pieces.clear()
+        chain = generate_chain(
+            model, tokenizer, [{"role": "user", "content": "hi"}], list(STEPS), max_new_tokens=60, streamer=streamer
+        )
+        assert pieces == chain.texts
+
+
+def test_characters_of_several_tokens_are_shown_whole(mote):
+    import torch
+
+    model, tokenizer = mote
+    vocabulary = step_vocabulary(model, tokenizer)
+    seen: list[str] = []
+    streamer = StepStreamer(tokenizer, vocabulary, lambda _, text: seen.append(text))
+    text = "é漢🙂"
+    streamer.put(torch.tensor([[1, 2]]))
+    for token in [vocabulary.start_ids[0], *tokenizer.encode(text, add_special_tokens=False), vocabulary.end_ids[0]]:
+        streamer.put(torch.tensor([token]))
+    assert seen == ["", "é", "漢", "🙂"]
+
+
+def test_piped_json(tmp_path):
+    model, tokenizer = tiny_mote()
+    tiny_model().save_pretrained(tmp_path / "base")
+    folder = save_adapter(model, tokenizer, tmp_path / "adapter", tmp_path / "base")
+    result = CliRunner().invoke(
+        command, ["--adapter", str(folder), "--json", "--max-new-tokens", "20"], input="one\n\ntwo\n"
+    )
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [a["question"] for a in answers] == ["one", "two"]
+    assert all(a["valid"] for a in answers)
+
+
+def test_not_an_adapter_folder(tmp_path):
+    result = CliRunner().invoke(command, ["--adapter", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "adapter must be a folder with adapter_config.json" in result.output

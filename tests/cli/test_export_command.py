@@ -1,0 +1,51 @@
+"""``axolotl mote export``: the printed proof."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from generation_kit import save_adapter, tiny_model, tiny_mote
+
+from axolotl_mote.cli.export import command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("export")
+    model, tokenizer = tiny_mote(r=3)
+    tiny_model().save_pretrained(path / "base")
+    return save_adapter(model, tokenizer, path / "adapter", path / "base")
+
+
+def test_prints_the_largest_difference(folder, tmp_path):
+    result = CliRunner().invoke(command, ["--adapter", str(folder), "--output", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "largest difference from the step-routed model" in result.output
+    assert "padded" in result.output
+    assert (tmp_path / "out/adapters/analysis/adapter_model.safetensors").exists()
+
+
+def test_json_on_chains_of_ones_own(folder, tmp_path):
+    probe = tmp_path / "chains.jsonl"
+    row = {"messages": [{"role": "user", "content": "hi"}], "analysis": "a", "guidance": None, "response": "hello"}
+    probe.write_text(json.dumps(row) + "\n")
+    arguments = ["--adapter", str(folder), "--output", str(tmp_path / "out"), "--probe", str(probe), "--json"]
+    result = CliRunner().invoke(command, [*arguments, "--merge-shared"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["largest_difference"] < 1e-4
+    assert report["adapters"]["guidance"]["difference"] is None
+    assert report["adapters"]["response"]["tokens"] == 7
+    assert report == json.loads((tmp_path / "out/export.json").read_text())
+
+
+def test_refusals_are_one_line(folder, tmp_path):
+    for arguments, message in [
+        (["--adapter", str(tmp_path), "--output", str(tmp_path / "out")], "adapter_config.json"),
+        (["--adapter", str(folder), "--output", str(tmp_path)], "must not exist yet"),
+    ]:
+        result = CliRunner().invoke(command, arguments)
+        assert result.exit_code == 1
+        assert message in result.output

@@ -1,0 +1,228 @@
+"""``axolotl mote generate``: streaming, resuming, and what stands in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from generation_kit import STEPS, save_adapter, tiny_model, tiny_mote
+
+from axolotl_mote.cli import generate as generate_module
+from axolotl_mote.cli.generate import command
+from axolotl_mote.generation import jsonl
+from axolotl_mote.generation.vocabulary import step_vocabulary
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny base model, an adapter on it, and the adapter's folder."""
+    path = tmp_path_factory.mktemp("generate")
+    model, tokenizer = tiny_mote((*STEPS, "check"))
+    tiny_model().save_pretrained(path / "base")
+    return save_adapter(model, tokenizer, path / "adapter", path / "base")
+
+
+def write_questions(path: Path, count: int, **columns) -> Path:
+    rows = (
+        {"messages": [{"role": "user", "content": f"Question {n}?"}], "id": f"q{n}"} | columns for n in range(count)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(folder: Path, source: Path, output: Path, *options: str, code: int = 0):
+    arguments = ["--adapter", str(folder), "--input", str(source), "--output", str(output), "--max-new-tokens", "24"]
+    result = CliRunner().invoke(command, [*arguments, *options])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return result
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_hold_chain_and_input(folder, tmp_path):
+    source = write_questions(tmp_path / "q.jsonl", 5, response="the reference", topic="none")
+    run(folder, source, tmp_path / "out.jsonl", "--batch-size", "2")
+    written = lines(tmp_path / "out.jsonl")
+    assert [line["row"] for line in written] == list(range(5))
+    assert [line["id"] for line in written] == [f"q{n}" for n in range(5)]
+    for line in written:
+        assert line["mode"] == "adaptive"
+        assert line["valid"]
+        assert line["topic"] == "none"
+        assert line["input"] == {"response": "the reference"}
+        assert line["response"] != "the reference"
+        assert set(line["token_counts"]) == set(line["steps"])
+        assert [name for name in (*STEPS, "check") if line[name] is not None] == line["steps"]
+
+
+def test_plain_prompts_and_all_modes(folder, tmp_path):
+    source = tmp_path / "q.jsonl"
+    source.write_text('{"prompt": "One?"}\n\n{"question": "Two?"}\n')
+    result = run(folder, source, tmp_path / "out.jsonl", "--steps", "all", "--json", "--max-new-tokens", "48")
+    summary = json.loads(result.stdout)
+    assert list(summary) == [
+        "response",
+        "analysis,response",
+        "analysis,guidance,response",
+        "adaptive",
+        "verify",
+    ]
+    assert all(figures["rows"] == 2 for figures in summary.values())
+    assert summary["analysis,response"]["rows_with_step"] == {"analysis": 2, "response": 2}
+    assert sum(summary["verify"]["verdicts"].values()) == 2
+    by_mode = {line["mode"]: line for line in lines(tmp_path / "out.jsonl")}
+    assert by_mode["analysis,guidance,response"]["steps"] == list(STEPS)
+    assert by_mode["verify"]["attempts"]
+    assert {line["row"] for line in lines(tmp_path / "out.jsonl")} == {0, 2}
+
+
+def test_second_run_changes_nothing(folder, tmp_path):
+    source = write_questions(tmp_path / "q.jsonl", 4)
+    run(folder, source, tmp_path / "out.jsonl")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    assert "holds 4 answers" in run(folder, source, tmp_path / "out.jsonl").output
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("sample", [[], ["--sample", "--seed", "3"]], ids=["greedy", "sampled"])
+def test_resuming_at_any_byte_gives_the_same_lines(folder, tmp_path, sample):
+    """The process may die at any byte of a write; the rest is done again and nothing else."""
+    source = write_questions(tmp_path / "q.jsonl", 6)
+    run(folder, source, tmp_path / "whole.jsonl", "--batch-size", "2", *sample)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in (0, ends[0] // 2, ends[1], ends[1] + 1, ends[3] - 1, len(whole) - 1):
+        out = tmp_path / f"cut{cut}.jsonl"
+        out.write_bytes(whole[:cut])
+        run(folder, source, out, "--batch-size", "2", *sample)
+        resumed = lines(out)
+        assert sorted(line["row"] for line in resumed) == list(range(6))
+        if not sample:
+            assert resumed == lines(tmp_path / "whole.jsonl")
+        elif cut in (0, ends[1]):
+            # A batch that was torn apart is sampled anew; whole batches repeat exactly.
+            assert resumed == lines(tmp_path / "whole.jsonl")
+
+
+def test_killed_run_resumes(folder, tmp_path):
+    """kill -9 in the middle of 300 questions; then let it finish: every row once."""
+    source = write_questions(tmp_path / "q.jsonl", 300)
+    out = tmp_path / "out.jsonl"
+    arguments = ["--adapter", str(folder), "--input", str(source), "--output", str(out), "--max-new-tokens", "24"]
+    program = "import sys; from axolotl_mote.cli.generate import command; command(sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments, "--batch-size", "4"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if out.exists() and out.read_bytes().count(b"\n") >= 12:
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "finished before it could be killed"
+    assert 12 <= out.read_bytes().count(b"\n") < 300
+    run(folder, source, out, "--batch-size", "50")
+    assert sorted(line["row"] for line in lines(out)) == list(range(300))
+
+
+def test_a_thousand_questions_stream_in_constant_memory(folder, tmp_path):
+    """Every row carries 20 kB: 20 MB pass through, and the peak does not grow by even a tenth of it."""
+    source = write_questions(tmp_path / "q.jsonl", 1000, payload="x" * 20_000)
+    from axolotl_mote.generation.loading import load_mote
+
+    model, tokenizer = load_mote(folder)
+    modes = generate_module.expand_modes(["response"], step_vocabulary(model, tokenizer))
+    settings = {"max_new_tokens": 6, "step_limits": None}
+    with jsonl.Output(tmp_path / "out.jsonl", tuple(modes), "r") as out:
+        runner = generate_module.Runner(model, tokenizer, modes, out, settings, None, False, "r")
+        windows = jsonl.windows(jsonl.read_questions(source), 100)
+        runner.answer(next(windows))
+        tracemalloc.start()
+        runner.answer(next(windows))
+        tracemalloc.reset_peak()
+        _, early = tracemalloc.get_traced_memory()
+        for window in windows:
+            runner.answer(window)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak - early < 5_000_000, (early, peak)
+    with (tmp_path / "out.jsonl").open() as file:
+        assert [json.loads(line)["row"] for line in file] == list(range(1000))
+
+
+def test_other_settings_are_not_mixed_into_a_file(folder, tmp_path):
+    source = write_questions(tmp_path / "q.jsonl", 2)
+    run(folder, source, tmp_path / "out.jsonl")
+    refused = run(folder, source, tmp_path / "out.jsonl", "--step-limit", "analysis=3", code=1)
+    assert "must come from the same adapter, steps and limits" in refused.output
+    run(folder, source, tmp_path / "out.jsonl", "--step-limit", "analysis=3", "--overwrite")
+    assert len(lines(tmp_path / "out.jsonl")) == 2
+
+
+def test_two_processes_do_not_share_a_file(folder, tmp_path):
+    source = write_questions(tmp_path / "q.jsonl", 1)
+    with jsonl.Output(tmp_path / "out.jsonl", ("adaptive",), "r"):
+        assert "another process writes" in run(folder, source, tmp_path / "out.jsonl", code=1).output
+
+
+def test_faulty_rows_are_named_before_any_work(folder, tmp_path):
+    source = tmp_path / "q.jsonl"
+    rows = ['{"prompt": "fine"}', "{", '{"text": 1}', '{"messages": [{"role": "assistant", "content": "x"}]}', "[1]"]
+    source.write_text("\n".join(rows))
+    output = run(folder, source, tmp_path / "out.jsonl", code=1).output
+    for row in (1, 2, 3, 4):
+        assert f"row {row}:" in output
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_too_long_a_question_gets_its_own_refusal(folder, tmp_path):
+    source = tmp_path / "q.jsonl"
+    rows = [{"prompt": "short"}, {"prompt": "long " * 1000}, {"prompt": "short again"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads(run(folder, source, tmp_path / "out.jsonl", "--json").stdout)
+    assert summary["adaptive"]["refused"] == 1
+    written = lines(tmp_path / "out.jsonl")
+    assert "4096" in written[1]["error"]
+    assert not written[1]["finished"]
+    assert "error" not in written[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "response,analysis"], "must follow the order"),
+        (["--steps", "thinking,response"], "must name steps of this adapter"),
+        (["--step-limit", "x"], "--step-limit must be N once"),
+        (["--step-limit", "3", "--step-limit", "analysis=2"], "--step-limit must be N once"),
+        (["--temperature", "0.5"], "must come with --sample"),
+    ],
+)
+def test_wrong_options_are_one_line(folder, tmp_path, options, message):
+    source = write_questions(tmp_path / "q.jsonl", 1)
+    result = run(folder, source, tmp_path / "out.jsonl", *options, code=1)
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_surrogate_halves_survive(tmp_path):
+    with jsonl.Output(tmp_path / "out.jsonl", ("m",), "r") as out:
+        out.append([{"row": 0, "mode": "m", "run": "r", "response": "bad \ud83d half"}])
+    assert lines(tmp_path / "out.jsonl")[0]["response"] == "bad \ud83d half"
+
+
+def test_help_holds_an_example_and_stays_light():
+    text = CliRunner().invoke(command, ["--help"]).output
+    assert "axolotl mote generate --adapter" in text
