@@ -1,10 +1,10 @@
-"""Builds against a real OpenAI-compatible server process: one request at a time, 16 at a time, and with a kill -9 between.
+"""Builds against a real OpenAI-compatible server: one request at a time, 16 at a time, and with a kill -9 between.
 
     python tests/bench/server_build.py models/SmolLM2-135M-Instruct            (transformers serve, CPU or GPU)
     python tests/bench/server_build.py MODEL --server "vllm serve MODEL --host 127.0.0.1 --port {port}"
 
-Prints seconds, calls and the speed-up, and fails if a call is missing, is recorded twice, or 16 at a time are less than
-three times as fast as one. The server speaks from one process on this machine; say which one when you quote the numbers.
+Prints seconds, calls and the speed-up, and fails if a call is missing, is recorded twice, or 16 at a time are less
+than three times as fast as one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import click
 from axolotl_mote.builder.run import build
 from axolotl_mote.builder.settings import Settings
 
-TOPICS = (
-    "rivers bread violins chess bees glass maps soap wool iron tea clocks salt ferries owls kites paper honey bridges "
-    "lemons drums wolves lamps snow cork silk chalk tides corn mirrors foxes rope barns pearls coal frogs tents wheels rice "
-    "stamps swans tin ink plums moths canoes hail oats gates ants figs nets elms crabs suns dice hats jam oars peas quilts "
-    "rings saws towers"
-).split()
+TOPICS = """
+rivers bread violins chess bees glass maps soap wool iron tea clocks salt ferries owls kites paper honey bridges lemons
+drums wolves lamps snow cork silk chalk tides corn mirrors foxes rope barns pearls coal frogs tents wheels rice stamps
+swans tin ink plums moths canoes hail oats gates ants figs nets elms crabs suns dice hats jam oars peas quilts rings saws
+towers
+""".split()  # noqa: SIM905
 CONCURRENCY = 16
 
 
@@ -107,7 +107,7 @@ def run(
         raise SystemExit(f"{name}: {report.counts['pending']} questions lost, or calls recorded twice")
     generated = sum(call["completion_tokens"] for call in calls)
     print(
-        f"{name}: {count} questions, {report.requests} requests, {len(calls)} calls recorded, {generated} tokens generated, "
+        f"{name}: {count} questions, {report.requests} requests, {len(calls)} calls recorded, {generated} tokens, "
         f"{report.seconds:.1f} s, {generated / report.seconds:.1f} tokens/s, pending {report.counts['pending']}",
         flush=True,
     )

@@ -1,0 +1,177 @@
+"""Client for a transformers model in this process: batched generation with one seed per row.
+
+Guaranteed: the same batch on the same machine gives the same texts, so a resumed build, which forms the same batches,
+equals an uninterrupted one. A row's random numbers depend on its own seed alone; beside other rows its logits can
+differ in the last bits (padding, other kernels), which in rare cases decides a token. So another ``batch_size`` counts
+as another configuration. It knows nothing about chains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from axolotl_mote.builder.calls import BudgetMeter, Call, Completion
+from axolotl_mote.builder.settings import LocalModel, Stage
+from axolotl_mote.builder.verdict import VERDICT_LINES
+from axolotl_mote.chain import encode_question, encode_text
+
+
+class SeededNoise(LogitsProcessor):
+    """Adds Gumbel noise, so that the largest score is a draw from softmax(scores): sampling by greedy decoding.
+
+    Each row has its own generator, so its draws do not depend on the rows beside it.
+
+    Args:
+        seeds: One per row.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._seeds = seeds
+        self._generators: list[torch.Generator] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not self._generators:
+            self._generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self._seeds]
+        noise = torch.stack(
+            [
+                torch.rand(scores.shape[1], generator=g, device=scores.device, dtype=torch.float32)
+                for g in self._generators
+            ]
+        )  # (B, V)
+        tiny = torch.finfo(torch.float32).tiny
+        return scores - (-noise.clamp_min(tiny).log()).clamp_min(tiny).log().to(scores.dtype)  # type: ignore[return-value]
+
+
+class LocalClient:
+    """Generates with a transformers model.
+
+    Args:
+        spec: The model.
+        budget: Shared by all clients of a run.
+
+    Raises:
+        ValueError: If the tokenizer has no chat template.
+    """
+
+    def __init__(self, spec: LocalModel, budget: BudgetMeter) -> None:
+        self.spec, self._budget = spec, budget
+        common: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        self._tokenizer = AutoTokenizer.from_pretrained(spec.path, **common)
+        if not self._tokenizer.chat_template:
+            raise ValueError(
+                f"models.*.path must have a chat template; got {spec.path} without one. Use an instruct model."
+            )
+        device = spec.device if spec.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = AutoModelForCausalLM.from_pretrained(spec.path, dtype=spec.dtype, **common).to(device).eval()
+        self._ends = _end_ids(self._model, self._tokenizer)
+        self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._ends[0]
+        self._verdicts = [[*encode_text(self._tokenizer, line), self._ends[0]] for line in VERDICT_LINES]
+        self._limit: int = getattr(self._model.config.get_text_config(), "max_position_embeddings", 1 << 30)
+        commit = getattr(self._model.config, "_commit_hash", None)
+        self.name = f"{spec.path}@{commit}" if commit else spec.path
+
+    def complete_batch(self, calls: Sequence[Call], stage: Stage) -> list[Completion]:
+        """Generate for a batch.
+
+        Args:
+            calls: B calls of one stage.
+            stage: How to sample.
+
+        Returns:
+            B completions; a call that does not fit into the model's context is ``refused``.
+
+        Raises:
+            BudgetReached: If the budget does not allow B requests.
+        """
+        self._budget.start(len(calls))
+        prompts = [encode_question(self._tokenizer, call.messages) for call in calls]
+        fits = [i for i, ids in enumerate(prompts) if len(ids) + stage.max_new_tokens <= self._limit]
+        texts = self._generate([prompts[i] for i in fits], [calls[i].seed for i in fits], stage) if fits else []
+        results = [
+            Completion(f"{len(ids)} prompt tokens do not fit into {self._limit}", "refused", model=self.name)
+            for ids in prompts
+        ]
+        for i, new_ids in zip(fits, texts, strict=True):
+            ended = bool(new_ids) and new_ids[-1] in self._ends
+            text = self._tokenizer.decode(new_ids[:-1] if ended else new_ids, skip_special_tokens=False)
+            finish = "stop" if ended else "length"
+            results[i] = Completion(text, finish, len(prompts[i]), len(new_ids), self.name)  # type: ignore[arg-type]
+        for completion in results:
+            self._budget.finish(completion)
+        return results
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], seeds: list[int], stage: Stage) -> list[list[int]]:
+        """New token ids of each row, up to and including its first end token."""
+        width = max(map(len, prompts))
+        rows = [[self._pad] * (width - len(ids)) + ids for ids in prompts]
+        first = [_only(self._verdicts, width)] if getattr(stage, "constrained", False) else []
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+        output = self._model.generate(
+            input_ids=torch.tensor(rows, device=self._model.device),  # (B, T)
+            attention_mask=torch.tensor(mask, device=self._model.device),
+            logits_processor=_processors(stage, seeds, first),
+            generation_config=_greedy(self._model.generation_config, stage.max_new_tokens, self._ends, self._pad),
+        )
+        return [_up_to_end(row[width:], self._ends) for row in output.tolist()]
+
+
+def _processors(stage: Stage, seeds: list[int], first: Sequence[LogitsProcessor]) -> LogitsProcessorList:
+    """Greedy if temperature is 0, else a seeded draw after temperature and top-p; ``first`` comes before all."""
+    if stage.temperature == 0:
+        return LogitsProcessorList(first)
+    warpers: list[LogitsProcessor] = [*first, TemperatureLogitsWarper(float(stage.temperature))]
+    if stage.top_p < 1:
+        warpers.append(TopPLogitsWarper(stage.top_p))
+    return LogitsProcessorList([*warpers, SeededNoise(seeds)])
+
+
+def _only(choices: Sequence[list[int]], prompt_width: int) -> LogitsProcessor:
+    """Lets nothing but one of a few token sequences be generated."""
+
+    def allowed(_: int, ids: torch.Tensor) -> list[int]:
+        done = ids[prompt_width:].tolist()
+        # A row that has ended is padded by generate, whatever is allowed; its last token is as good as any.
+        return sorted({c[len(done)] for c in choices if len(c) > len(done) and c[: len(done)] == done}) or [
+            choices[0][-1]
+        ]
+
+    return PrefixConstrainedLogitsProcessor(allowed, num_beams=1)
+
+
+def _greedy(base: Any, max_new_tokens: int, ends: list[int], pad: int) -> Any:
+    """A generation config of our own: what the model folder recommends for sampling must not mix in."""
+    return type(base)(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        bos_token_id=base.bos_token_id,
+    )
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a turn: the tokenizer's and the generation config's."""
+    ends = model.generation_config.eos_token_id
+    ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+    found = sorted({i for i in [*ends, tokenizer.eos_token_id] if i is not None})
+    if not found:
+        raise ValueError("models.*.path must have an end-of-sequence token; got none. Set eos_token in its tokenizer.")
+    return found
+
+
+def _up_to_end(ids: list[int], ends: list[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    return ids if stop is None else ids[: stop + 1]

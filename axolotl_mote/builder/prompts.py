@@ -1,0 +1,121 @@
+"""Templates -> chat messages for each stage.
+
+A template file is named after its stage (``analysis.jinja``) and has two Jinja2 blocks, ``system`` and ``user``; an
+empty system block sends no such message. Templates run in a sandbox, and question and generated texts reach them as
+values only: Jinja2 syntax in them is never evaluated. Every value is free of control tokens. The values:
+
+    messages     list of {role, content}, the whole dialogue
+    last         content of its last user turn
+    analysis, guidance, response    text of a step, or None
+    max_words    how many words surely fit into the stage's max_new_tokens
+    constrained  whether a check can write nothing but its verdict
+
+and the filter ``quote`` puts ``> `` before every line, which no content can escape from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from axolotl_mote.builder.calls import Messages
+from axolotl_mote.builder.hygiene import neutralise
+from axolotl_mote.builder.settings import Stage
+
+_BUILT_IN = Path(__file__).parent / "templates"
+
+
+def quote(text: str) -> str:
+    """Put ``> `` before every line, whatever kind of line break the text uses."""
+    return "\n".join(f"> {line}" for line in str(text).splitlines() or [""])
+
+
+class Prompts:
+    """The templates of a build.
+
+    Args:
+        stages: Stages to load, by name.
+        folder: Folder whose files replace the built-in ones of the same name.
+
+    Raises:
+        ValueError: If a template cannot be read or compiled, or lacks the block ``user``.
+    """
+
+    def __init__(self, stages: dict[str, Stage], folder: Path | None = None) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+        )
+        environment.filters["quote"] = quote
+        self._templates, self._stages = {}, stages
+        self.hashes: dict[str, str] = {}
+        self.files: dict[str, str] = {}
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"prompts must be a folder with templates; got {folder}. Create it or leave the key out.")
+        for stage in stages:
+            file = _template_file(stage, folder)
+            try:
+                source = file.read_text(encoding="utf-8")
+                template = environment.from_string(source)
+            except (OSError, UnicodeDecodeError, TemplateError) as error:
+                raise ValueError(f"{file} must be a Jinja2 template; got: {error}. Correct it.") from error
+            if "user" not in template.blocks:
+                raise ValueError(f"{file} must have a block named user; got {sorted(template.blocks)}. Add it.")
+            self._templates[stage] = template
+            self.hashes[stage] = hashlib.sha256(source.encode()).hexdigest()[:16]
+            self.files[stage] = file.name if folder is None or file.parent != folder else str(file)
+
+    def render(self, stage: str, messages: Messages, **texts: str | None) -> Messages:
+        """Chat messages for a stage.
+
+        Args:
+            stage: Which template.
+            messages: The dialogue, ends with a user turn.
+            **texts: analysis, guidance, response as far as they exist.
+
+        Returns:
+            For ``response`` the dialogue itself with its last turn rendered, so that the model sees real turns; for
+            the other stages one user message. A non-empty system block comes first.
+        """
+        safe = [{"role": m["role"], "content": neutralise(m["content"])[0]} for m in messages]
+        values: dict[str, Any] = dict.fromkeys(("analysis", "guidance", "response"))
+        values.update({name: neutralise(text)[0] if text else text for name, text in texts.items()})
+        values.update(messages=safe, last=safe[-1]["content"])
+        values["max_words"] = max(10, self._stages[stage].max_new_tokens // 20 * 10)
+        values["constrained"] = getattr(self._stages[stage], "constrained", False)
+        system, user = self._block(stage, "system", values), self._block(stage, "user", values)
+        turns = (
+            [*safe[:-1], {"role": "user", "content": user}]
+            if stage == "response"
+            else [{"role": "user", "content": user}]
+        )
+        if not system:
+            return turns
+        if turns[0]["role"] == "system":
+            return [{"role": "system", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
+        return [{"role": "system", "content": system}, *turns]
+
+    def _block(self, stage: str, name: str, values: dict[str, Any]) -> str:
+        template = self._templates[stage]
+        if name not in template.blocks:
+            return ""
+        try:
+            return "".join(template.blocks[name](template.new_context(values))).strip()
+        except TemplateError as error:
+            raise ValueError(
+                f"block {name} of template {stage} must render; got: {error}. Correct the template."
+            ) from error
+
+
+def guard_messages(messages: Messages, response: str) -> Messages:
+    """The dialogue and its answer as plain turns, for a guard model whose own chat template asks the question."""
+    turns = [*messages, {"role": "assistant", "content": response}]
+    return [{"role": turn["role"], "content": neutralise(turn["content"])[0]} for turn in turns]
+
+
+def _template_file(stage: str, folder: Path | None) -> Path:
+    own = folder / f"{stage}.jinja" if folder is not None else None
+    return own if own is not None and own.exists() else _BUILT_IN / f"{stage}.jinja"

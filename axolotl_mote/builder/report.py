@@ -1,0 +1,70 @@
+"""Shows a summary: as tables in the terminal and as one HTML page without scripts or network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from axolotl_mote.builder.output import write_atomically
+from axolotl_mote.builder.statistics import WHOLE, Summary
+
+_PAPER = {  # MoTE, Table 2: share of chains in %, Self-BLEU
+    "analysis": (71.5, 75.52),
+    "guidance": (61.4, 74.34),
+    "response": (100.0, 72.10),
+    WHOLE: (100.0, 80.38),
+}
+
+
+def print_summary(summary: Summary, console: Any) -> None:
+    """Print tables to a rich console."""
+    from rich.table import Table
+
+    table = Table(title=f"{summary.chains} chains" + _sample_note(summary))
+    for column in ("step", "chains", "share", "Self-BLEU", "in the paper", "words", "median", "p95", "max"):
+        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=column == "step")
+    for step, numbers in summary.steps.items():
+        share, bleu = _PAPER[step]
+        table.add_row(
+            "whole chain" if step == WHOLE else step,
+            str(numbers.count),
+            f"{100 * numbers.share:.1f} %",
+            "-" if numbers.self_bleu is None else f"{numbers.self_bleu:.2f}",
+            f"{share:.1f} %, {bleu:.2f}",
+            f"{numbers.words_mean:.0f}",
+            f"{numbers.words_median:.0f}",
+            str(numbers.words_p95),
+            str(numbers.words_max),
+        )
+    console.print(table)
+    for title, counts in _groups(summary).items():
+        if counts:
+            group = Table(title, "number", "share")
+            for name, count in counts.items():
+                group.add_row(name, str(count), f"{100 * count / sum(counts.values()):.1f} %")
+            console.print(group)
+
+
+def write_html(path: Path, summary: Summary, title: str) -> None:
+    """Write the page. It holds numbers only, no text of any chain."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("axolotl_mote.builder"), autoescape=select_autoescape(default=True), trim_blocks=True
+    )
+    template = environment.get_template("statistics.html.jinja")
+    page = template.render(s=summary, title=title, paper=_PAPER, groups=_groups(summary), note=_sample_note(summary))
+    write_atomically(path, page)
+
+
+def _groups(summary: Summary) -> dict[str, dict[str, int]]:
+    return {
+        "chain form": summary.forms,
+        "check": summary.checks,
+        "user turns": summary.turns,
+        "rejected because": summary.rejected,
+    }
+
+
+def _sample_note(summary: Summary) -> str:
+    return f" (Self-BLEU of {summary.sampled} of them)" if summary.sampled else ""

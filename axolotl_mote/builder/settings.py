@@ -1,0 +1,268 @@
+"""The build file: its schema, how it is read, and the hash that tells two builds apart.
+
+Keys that change what a model is asked or how it answers are part of the hash; keys that only say how fast, how long
+or from where (servers' addresses, concurrency, time-outs, budget, the list of questions) are not, so those may change
+between two runs of one build. It knows nothing about models or clients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ChainForm = Literal["adaptive", "full", "analysis", "guidance", "response"]
+STAGES = ("response", "check", "analysis", "guidance")
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class QuestionSource(_Schema):
+    """Where questions come from: a JSONL, JSON or Parquet file, or the name of a Hugging Face data set."""
+
+    path: str = Field(description="File ending in .jsonl, .json or .parquet, or a Hugging Face data set name.")
+    column: str | None = Field(
+        None, description="Column with the question; found among messages, chosen, prompt, question when left out."
+    )
+    name: str | None = Field(None, description="Configuration of a Hugging Face data set.")
+    split: str = Field("train", description="Split of a Hugging Face data set.")
+    revision: str | None = Field(None, description="Revision of a Hugging Face data set.")
+    limit: int | None = Field(None, ge=1, description="Use at most this many rows, from the top.")
+
+
+class LocalModel(_Schema):
+    """A transformers model in this process."""
+
+    type: Literal["local"]
+    path: str = Field(description="Model folder or hub name.")
+    revision: str | None = None
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_size: int = Field(8, ge=1, description="Rows generated together.")
+    trust_remote_code: bool = False
+
+
+class ServerModel(_Schema):
+    """A model behind one or more OpenAI-compatible servers."""
+
+    type: Literal["server"]
+    model: str = Field(description="Model name as the server knows it.")
+    base_urls: list[str] = Field(min_length=1, description="One address per replica, such as http://localhost:8000/v1.")
+    api_key_env: str | None = Field(None, description="Environment variable that holds the API key.")
+    concurrency: int = Field(16, ge=1, description="Requests in flight per replica.")
+    timeout: float = Field(120.0, gt=0, description="Seconds until a request counts as lost.")
+    retry_for: float = Field(
+        600.0, ge=0, description="Seconds a request is tried again before its question is put off."
+    )
+    backoff: float = Field(0.5, gt=0, description="Seconds: scale of the exponential back-off with full jitter.")
+    backoff_max: float = Field(30.0, gt=0, description="Seconds: the longest back-off.")
+    token_limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="Further fields of the request's body.")
+
+
+ModelSpec = Annotated[LocalModel | ServerModel, Field(discriminator="type")]
+
+
+class Stage(_Schema):
+    """Which model writes a stage, and how it samples."""
+
+    model: str = Field("default", description="A name under models.")
+    max_new_tokens: int = Field(512, ge=1)
+    temperature: float = Field(0.7, ge=0, description="0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1)
+    attempts: int = Field(2, ge=1, description="Tries, each with its own seed, before a defect counts. Greedy: one.")
+
+
+class CheckStage(Stage):
+    """The stage that judges an answer."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    style: Literal["verdict", "guard"] = Field(
+        "verdict",
+        description="verdict: our template asks for a last line 'VERDICT: SAFE'. guard: a guard model such as Llama "
+        "Guard gets the dialogue itself and says 'safe' or 'unsafe' on a line of its own.",
+    )
+    constrained: bool = Field(
+        False,
+        description="Local models: let nothing but a verdict line be generated. For judges too small to keep a format; "
+        "servers have their own key for this under extra_body.",
+    )
+
+
+class Stages(_Schema):
+    response: Stage = Stage()
+    analysis: Stage = Stage(max_new_tokens=256)
+    guidance: Stage = Stage(max_new_tokens=256)
+    check: CheckStage = CheckStage()
+
+
+class Hygiene(_Schema):
+    """What makes a generated text unusable."""
+
+    min_words: int = Field(1, ge=1, description="Fewer words than this is 'empty'.")
+    max_line_repeats: int = Field(2, ge=1, description="A line that occurs more often than this is 'repeated'.")
+    min_distinct_ngrams: float = Field(
+        0.5, ge=0, le=1, description="A text whose share of distinct word 4-grams is lower is 'repeated'."
+    )
+    refusal_max_words: int = Field(
+        30, ge=0, description="A stock refusal up to this long is 'refusal'; 0 keeps them all."
+    )
+    refusal_patterns: list[str] = Field(
+        default_factory=list, description="Further regular expressions of stock refusals."
+    )
+
+
+class Budget(_Schema):
+    """Limits of one run; reaching one stops cleanly, the next run goes on."""
+
+    requests: int | None = Field(None, ge=1, description="Requests sent, retries included; local: texts generated.")
+    tokens: int | None = Field(None, ge=1, description="Prompt and generated tokens; requests in flight are finished.")
+
+
+class Settings(_Schema):
+    """A build file."""
+
+    output: Path = Field(description="Folder for journal, chains, rejected chains, manifest and statistics.")
+    questions: list[QuestionSource] = Field(min_length=1)
+    exclude: list[QuestionSource] = Field(
+        default_factory=list, description="Evaluation prompts; questions that hold one are dropped."
+    )
+    models: dict[str, ModelSpec] = Field(description="Models by name; 'default' must be one of them.")
+    stages: Stages = Stages()
+    chain: ChainForm = Field("adaptive", description="adaptive, or the fixed form of every chain.")
+    check: bool = Field(True, description="Judge answers; only fixed forms can do without.")
+    prompts: Path | None = Field(
+        None, description="Folder with templates that replace the built-in ones of the same name."
+    )
+    hygiene: Hygiene = Hygiene()
+    deduplicate: float | None = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Similarity from which questions, or answers, count as near-duplicates; null keeps all.",
+    )
+    budget: Budget = Budget()
+    seed: int = Field(42, ge=0)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Settings:
+        if self.chain == "adaptive" and not self.check:
+            raise ValueError(
+                "check must be true when chain is adaptive; got false. Without a check nothing tells when to stop: "
+                "choose chain: full, analysis, guidance or response."
+            )
+        for stage in self.active_stages():
+            name = getattr(self.stages, stage).model
+            if name not in self.models:
+                raise ValueError(
+                    f"stages.{stage}.model must be a name under models ({', '.join(sorted(self.models))}); "
+                    f"got {name!r}. Add it there or correct the name."
+                )
+        check = self.stages.check
+        if self.check and check.constrained and (check.style == "guard" or self.models[check.model].type != "local"):
+            raise ValueError(
+                "stages.check.constrained must go with a local model and style: verdict; got another. Set it to false; "
+                "for vLLM: extra_body: {structured_outputs: {choice: ['VERDICT: SAFE', 'VERDICT: UNSAFE']}}."
+            )
+        return self
+
+    def active_stages(self) -> tuple[str, ...]:
+        """The stages this build can reach."""
+        reached = {"adaptive": ("analysis", "guidance"), "full": ("analysis", "guidance"), "response": ()}
+        steps = reached.get(self.chain, (self.chain,))
+        return tuple(s for s in STAGES if s == "response" or s in steps or (s == "check" and self.check))
+
+    def active_specs(self) -> dict[str, Stage]:
+        """The settings of those stages, by name."""
+        return {stage: getattr(self.stages, stage) for stage in self.active_stages()}
+
+    def active_models(self) -> dict[str, LocalModel | ServerModel]:
+        """The models that the active stages use, by name."""
+        names = {stage.model for stage in self.active_specs().values()}
+        return {name: spec for name, spec in self.models.items() if name in names}
+
+
+def load_settings(path: str | Path) -> Settings:
+    """Read a build file. Relative paths in it are relative to the working directory, as in axolotl.
+
+    Raises:
+        ValueError: If the file is missing, is no YAML mapping or breaks the schema; all faults at once.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"the build file must be readable YAML; got {path}: {error}. Correct the file.") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"the build file must hold a mapping; got {type(raw).__name__} in {path}. See --help.")
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        faults = [f"  {'.'.join(map(str, fault['loc'])) or '(file)'}: {fault['msg']}" for fault in error.errors()]
+        raise ValueError(f"{path} must follow the schema of a build file:\n" + "\n".join(faults)) from error
+
+
+def identity(settings: Settings, prompt_hashes: dict[str, str]) -> dict[str, Any]:
+    """Everything that decides what is generated, as plain JSON data.
+
+    Args:
+        settings: The build.
+        prompt_hashes: Hash of each template in use, by stage.
+
+    Returns:
+        Stages with their models and templates, chain form, hygiene and seed; no addresses, limits or time-outs.
+    """
+    stages = {}
+    for stage in settings.active_stages():
+        spec = getattr(settings.stages, stage)
+        stages[stage] = {
+            **spec.model_dump(mode="json", exclude={"model"}),
+            "model": _model_identity(settings.models[spec.model]),
+            "prompt": prompt_hashes[stage],
+        }
+    return {
+        "stages": stages,
+        "chain": settings.chain,
+        "check": settings.check,
+        "hygiene": settings.hygiene.model_dump(mode="json"),
+        "seed": settings.seed,
+    }
+
+
+def config_hash(identity: dict[str, Any]) -> str:
+    """16 hexadecimal digits that name a build's identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def changes(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs between two identities, one line a key: ``stages.check.temperature: 0.0 -> 0.5``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in changes(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [f"{path}: {old} -> {new}"]
+
+
+def folder_digest(path: Path) -> str:
+    """Hash of a model folder without reading its weights: small files by content, large ones by name and size."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        if size < 16 * 2**20:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _model_identity(spec: LocalModel | ServerModel) -> dict[str, Any]:
+    if isinstance(spec, ServerModel):
+        return {"server_model": spec.model, "extra_body": spec.extra_body}
+    folder = Path(spec.path)
+    digest = folder_digest(folder) if folder.is_dir() else None
+    return {**spec.model_dump(mode="json", exclude={"trust_remote_code"}), "folder": digest}

@@ -1,0 +1,136 @@
+"""``axolotl mote build``: write a chain data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), help="Output folder, instead of the file's."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Use at most this many rows of each question source.")
+@click.option(
+    "--exclude", multiple=True, metavar="FILE", help="Evaluation prompts that must not be trained on; may be repeated."
+)
+@click.option("--restart", is_flag=True, help="Put an existing journal aside and begin anew.")
+def command(config: Path, output: Path | None, limit: int | None, exclude: tuple[str, ...], restart: bool) -> None:
+    """Write a chain data set: the model aligns itself on your questions.
+
+    CONFIG is a build file; example_configs/build_local.yml explains every key. Stop it at any time and run the same
+    command again: nothing is lost and nothing is done twice.
+
+    \b
+    Example:
+      axolotl mote build example_configs/build_local.yml --exclude xstest.jsonl
+
+    \b
+    Exit status: 0 finished, 1 error, 3 stopped by the budget or with questions put off (run it again),
+    130 interrupted by Ctrl-C (run it again).
+    """
+    try:
+        from axolotl_mote.builder.run import build
+        from axolotl_mote.builder.settings import QuestionSource, load_settings
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}. Install the extra: pip install 'axolotl_mote[build]'") from error
+    from axolotl_mote.builder.calls import FatalCallError
+
+    try:
+        settings = load_settings(config)
+        changed: dict[str, object] = {}
+        if output is not None:
+            changed["output"] = output
+        if limit is not None:
+            changed["questions"] = [q.model_copy(update={"limit": limit}) for q in settings.questions]
+        if exclude:
+            changed["exclude"] = [*settings.exclude, *(QuestionSource(path=file) for file in exclude)]
+        settings = settings.model_copy(update=changed)
+        with _Progress() as progress:
+            report = build(settings, restart=restart, on_progress=progress.show)
+    except (ValueError, FatalCallError) as error:
+        raise click.ClickException(str(error)) from error
+    _print_report(report, settings.output)
+    if report.stopped == "interrupted":
+        raise SystemExit(130)
+    if report.counts["pending"]:
+        raise SystemExit(3)
+
+
+class _Progress:
+    """A progress bar on stderr; on something that is no terminal, a line at every tenth."""
+
+    def __enter__(self) -> _Progress:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("questions"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("questions", total=None, note="")
+        self._tenth = 0
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, status) -> None:  # type: ignore[no-untyped-def]
+        note = f"{status.kept} kept, {status.rejected} rejected"
+        if status.put_off:
+            note += f", {status.put_off} put off"
+        if status.tokens:
+            note += f", {status.tokens:,} tokens"
+        self._bar.update(self._task, total=status.total, completed=status.done, note=note)
+        tenth = 10 * status.done // status.total if status.total else 10
+        if self._bar.disable and tenth > self._tenth:
+            self._tenth = tenth
+            self._console.print(f"{status.done}/{status.total} questions: {note}")
+
+
+def _print_report(report, output: Path) -> None:  # type: ignore[no-untyped-def]
+    from rich.console import Console
+    from rich.table import Table
+
+    console, counts = Console(), report.counts
+    table = Table("outcome", "number")
+    table.add_row("questions", str(counts["questions"]))
+    for name, number in counts["forms"].items():
+        table.add_row(f"kept: {name}", str(number))
+    for name, number in counts["reasons"].items():
+        table.add_row(f"rejected: {name}", str(number))
+    if counts["pending"]:
+        table.add_row("pending", str(counts["pending"]))
+    for name, number in counts["dropped"].items():
+        table.add_row(f"input row dropped: {name}", str(number))
+    console.print(table)
+    if report.set_aside:
+        console.print(f"The older journal is now {report.set_aside}.", soft_wrap=True)
+    console.print(
+        f"{report.requests} requests, {report.tokens:,} tokens, {report.seconds:.0f} s in this run. "
+        f"Written to {output}: chains.jsonl, rejected.jsonl, manifest.json"
+        + (", statistics.html" if counts["kept"] else ""),
+        soft_wrap=True,
+    )
+    if report.stopped or counts["pending"]:
+        why = f"Stopped: {report.stopped}. " if report.stopped else ""
+        console.print(
+            f"{why}Run the same command again to go on; {counts['pending']} questions are left.", soft_wrap=True
+        )

@@ -1,0 +1,55 @@
+"""``axolotl mote stats``: amounts, lengths and diversity of a chain data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--rejected",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with rejected rows; rejected.jsonl beside FILE is used when there is one.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write one self-contained page with plots."
+)
+@click.option(
+    "--sample", type=click.IntRange(min=0), default=10_000, show_default=True, help="Chains for Self-BLEU; 0 takes all."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of that sample.")
+def command(file: Path, rejected: Path | None, as_json: bool, html: Path | None, sample: int, seed: int) -> None:
+    """Show amounts, lengths and diversity of a chain data set (MoTE, Table 2).
+
+    \b
+    Example:
+      axolotl mote stats outputs/selfalign/chains.jsonl --html statistics.html
+    """
+    try:
+        from axolotl_mote.builder.report import print_summary, write_html
+        from axolotl_mote.builder.statistics import read_chains, read_jsonl, summarise
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error}. Install the extra: pip install 'axolotl_mote[build]'") from error
+    beside = file.with_name("rejected.jsonl")
+    if rejected is None and beside.exists() and beside != file:
+        rejected = beside
+    try:
+        summary = summarise(read_chains(file), read_jsonl(rejected) if rejected else (), sample=sample, seed=seed)
+        if html is not None:
+            write_html(html, summary, title=file.name)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        import json
+
+        click.echo(json.dumps(summary.as_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    print_summary(summary, Console())
+    if html is not None:
+        click.echo(f"Wrote {html}")

@@ -1,0 +1,88 @@
+"""The journal: nothing lost, nothing twice, no configuration mixed in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from axolotl_mote.builder.calls import Call, Completion
+from axolotl_mote.builder.journal import Journal, JournalError, set_aside
+
+CALL = Call("q1", "response", 0, 0, [], 7)
+OTHER = Call("q2", "response", 0, 0, [], 8)
+DONE = Completion("line\nbreak \u2028 and \ud800 surrogate", "stop", 3, 4, "m")
+IDENTITY = {"seed": 1, "stages": {"check": {"temperature": 0.0}}}
+
+
+def test_what_was_added_is_there_again(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    with Journal(path, IDENTITY) as journal:
+        assert journal.get(CALL) is None
+        journal.add([(CALL, DONE)])
+        journal.add([(CALL, Completion("another", "stop"))])
+    with Journal(path, IDENTITY) as journal:
+        assert journal.get(CALL) == DONE
+        assert dict(journal.completions()) == {"q1/response.0.0": DONE}
+    assert len(path.read_text().splitlines()) == 2
+    assert json.loads(path.read_text().splitlines()[1])["seed"] == 7
+
+
+@pytest.mark.parametrize("keep", [0, 1, 5, 30])
+def test_every_torn_last_line_is_cut_off(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "j.jsonl"
+    with Journal(path, IDENTITY) as journal:
+        journal.add([(CALL, DONE)])
+        whole = path.read_bytes()
+        journal.add([(OTHER, DONE)])
+    torn = path.read_bytes()[: len(whole) + keep]
+    path.write_bytes(torn)
+    with Journal(path, IDENTITY) as journal:
+        assert path.read_bytes() == whole
+        assert journal.get(CALL) == DONE
+        assert journal.get(OTHER) is None
+        journal.add([(OTHER, DONE)])
+    with Journal(path, IDENTITY) as journal:
+        assert journal.get(OTHER) == DONE
+
+
+def test_a_torn_first_line_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(b'{"journal": 1, "conf')
+    with Journal(path, IDENTITY) as journal:
+        journal.add([(CALL, DONE)])
+    with Journal(path, IDENTITY) as journal:
+        assert journal.get(CALL) == DONE
+
+
+def test_damage_elsewhere_is_an_error_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    Journal(path, IDENTITY).close()
+    path.write_bytes(path.read_bytes() + b"{damaged\n" + b"{}\n")
+    with pytest.raises(JournalError, match="line 2 is damaged"):
+        Journal(path, IDENTITY)
+
+
+def test_a_changed_configuration_is_named_and_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    Journal(path, IDENTITY).close()
+    with pytest.raises(JournalError, match=r"stages\.check\.temperature: 0\.0 -> 0\.5"):
+        Journal(path, {"seed": 1, "stages": {"check": {"temperature": 0.5}}})
+    Journal(path, IDENTITY).close()  # the refusal left no lock behind
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    with Journal(path, IDENTITY), pytest.raises(JournalError, match="one build at a time"):
+        Journal(path, IDENTITY)
+
+
+def test_old_journals_are_kept_aside(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    assert set_aside(path) is None
+    for expected in ("journal.1.jsonl", "journal.2.jsonl"):
+        path.write_text(expected)
+        aside = set_aside(path)
+        assert aside is not None
+        assert aside.read_text() == aside.name == expected

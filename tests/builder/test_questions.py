@@ -1,0 +1,132 @@
+"""Sources, ids, duplicates and the contamination guard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from builder_kit import write_rows
+
+from axolotl_mote.builder.questions import load_questions, parse_row, parse_transcript
+from axolotl_mote.builder.settings import QuestionSource
+
+HH = "\n\nHuman: How do I fix it?\n\nAssistant: Fix what?\n\nHuman: My bike's flat tyre\n\nAssistant: Patch it."
+
+
+def source(path: Path, **keys: object) -> QuestionSource:
+    return QuestionSource(path=str(path), **keys)  # type: ignore[arg-type]
+
+
+def test_hh_transcript_up_to_the_last_human_turn() -> None:
+    assert parse_transcript(HH) == [
+        {"role": "user", "content": "How do I fix it?"},
+        {"role": "assistant", "content": "Fix what?"},
+        {"role": "user", "content": "My bike's flat tyre"},
+    ]
+
+
+def test_neighbouring_turns_are_joined_and_colons_inside_text_are_no_turns() -> None:
+    text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nHuman: Note: Human: d"
+    assert [turn["content"] for turn in parse_transcript(text)] == ["a\n\nb", "c", "Note: Human: d"]
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"chosen": HH, "rejected": HH}, "chosen"),
+        ({"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}, "chosen"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "messages"),
+        ({"messages": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, "messages"),
+        ({"prompt": "hi"}, "prompt"),
+        ({"prompt": HH}, "prompt"),
+    ],
+)
+def test_shapes_of_rows(row: dict[str, object], column: str) -> None:
+    messages, found = parse_row(row, None)
+    assert found == column
+    assert messages[-1]["role"] == "user"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_files(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        {"prompt": "What is chess?", "id": "a", "level": 3},
+        {"prompt": "How tall are giraffes in zoos?", "id": "b", "level": 4},
+    ]
+    path = tmp_path / f"q.{suffix}"
+    if suffix == "jsonl":
+        write_rows(path, rows)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    questions, dropped = load_questions([source(path)])
+    assert [q.columns for q in questions] == [{"id": "a", "level": 3}, {"id": "b", "level": 4}]
+    assert dropped == []
+    assert len(load_questions([source(path, limit=1)])[0]) == 1
+
+
+def test_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    write_rows(tmp_path / "set" / "train.jsonl", [{"chosen": HH, "rejected": HH}])
+    (question,), _ = load_questions([source(tmp_path / "set")])
+    assert question.messages[-1]["content"] == "My bike's flat tyre"
+    assert question.columns == {}
+
+
+def test_the_id_depends_on_the_text_alone(tmp_path: Path) -> None:
+    a = write_rows(tmp_path / "a.jsonl", [{"prompt": "What is chess?", "id": 1}])
+    b = write_rows(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "What is chess?"}]}])
+    assert load_questions([source(a)])[0][0].id == load_questions([source(b)])[0][0].id
+
+
+def test_unusable_duplicate_and_contaminated_rows_are_dropped_with_a_reason(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "How can I kill a Python process that hangs on my laptop?"},
+        {"prompt": "How can I kill a Python process that hangs on my laptop?"},
+        {"prompt": "how can I kill a python process that hangs on my laptop"},
+        {"prompt": "What is the best way to grow tomatoes on a balcony in the north?"},
+        {"messages": [{"role": "assistant", "content": "no user"}]},
+        {"prompt": None},
+        {"messages": "What?"},
+    ]
+    exam = write_rows(
+        tmp_path / "exam.jsonl", [{"prompt": "What's the best way to grow tomatoes on a balcony in the north?"}]
+    )
+    questions, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(exam)])
+    assert [(d.row, d.reason) for d in dropped] == [
+        (2, "duplicate_question"),
+        (3, "near_duplicate_question"),
+        (4, "excluded"),
+        (5, "unusable_question"),
+        (6, "unusable_question"),
+    ]
+    assert len(questions) == 2
+
+
+def test_contamination_is_found_in_earlier_turns_too(tmp_path: Path) -> None:
+    exam = write_rows(tmp_path / "exam.jsonl", [{"prompt": "How do I fix it?"}])
+    rows = write_rows(tmp_path / "q.jsonl", [{"chosen": HH}, {"prompt": "Something else entirely, please?"}])
+    questions, dropped = load_questions([source(rows)], [source(exam)])
+    assert [d.reason for d in dropped] == ["excluded"]
+    assert len(questions) == 1
+
+
+def test_faults_of_a_file_are_raised_once_with_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"prompt": "a"}\n{broken\n[1]\n')
+    with pytest.raises(ValueError, match=r"(?s)2 others.*line 2.*line 3"):
+        load_questions([source(path)])
+
+
+def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "q.jsonl", [{"text": "a"}])
+    with pytest.raises(ValueError, match=r"messages or chosen or prompt or question.*1 rows"):
+        load_questions([source(path)])
+    with pytest.raises(ValueError, match="existing file"):
+        load_questions([source(tmp_path / "none.jsonl")])

@@ -1,0 +1,153 @@
+"""Whole builds: killed, interrupted, resumed, restarted, with several models."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builder_kit import Reply, ScriptedServer, chat_reply, read_rows, stage_of
+
+from axolotl_mote.builder.journal import JournalError
+from axolotl_mote.builder.run import build
+from axolotl_mote.builder.settings import Settings
+
+Make = Callable[..., Settings]
+Serve = Callable[..., ScriptedServer]
+
+
+def answer(body: dict[str, Any], number: int) -> Reply:
+    """Depends on the request alone, as a deterministic server would; unsafe for about half of the first answers."""
+    text = body["messages"][-1]["content"]
+    seed = int(body["seed"])
+    if stage_of(body) == "check":
+        return chat_reply("VERDICT: SAFE" if seed % 2 else "VERDICT: UNSAFE")
+    return chat_reply(f"{seed} says {text[:30]} and {seed * 31}")
+
+
+def test_kill_9_at_20_random_moments_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    driver = Path(__file__).with_name("kill_driver.py")
+    done = subprocess.run(
+        [sys.executable, str(driver), str(tmp_path), "20"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kills"] == 20
+    assert result["same"]
+    assert result["twice"] == 0
+    assert result["kept"] > 5
+
+
+def test_ctrl_c_keeps_what_was_done(make_settings: Make, serve: Serve, tmp_path: Path) -> None:
+    def slow(body: dict[str, Any], number: int) -> Reply:
+        time.sleep(0.02)
+        if number == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return answer(body, number)
+
+    server = serve(slow)
+    settings = make_settings(server.url, count=20, server={"concurrency": 2})
+    report = build(settings)
+    assert report.stopped == "interrupted"
+    assert 0 < report.counts["pending"] < 20
+    assert (settings.output / "manifest.json").exists()
+    again = build(settings)
+    assert again.counts["pending"] == 0
+    whole = settings.model_copy(update={"output": tmp_path / "whole"})
+    build(whole)
+    assert (settings.output / "chains.jsonl").read_bytes() == (whole.output / "chains.jsonl").read_bytes()
+
+
+def test_a_changed_configuration_is_refused_until_restart(make_settings: Make, serve: Serve) -> None:
+    server = serve(answer)
+    build(make_settings(server.url))
+    changed = make_settings(server.url, seed=7)
+    with pytest.raises(JournalError, match="seed: 42 -> 7"):
+        build(changed)
+    report = build(changed, restart=True)
+    assert report.set_aside is not None
+    assert Path(report.set_aside).name == "journal.1.jsonl"
+    assert report.requests > 0
+
+
+def test_more_questions_go_on_with_the_same_journal(make_settings: Make, serve: Serve) -> None:
+    server = serve(answer)
+    build(make_settings(server.url, count=4))
+    before = len(server.bodies)
+    report = build(make_settings(server.url, count=8))
+    assert report.counts["questions"] == 8
+    assert sum(f'"{b["seed"]}"' == f'"{server.bodies[0]["seed"]}"' for b in server.bodies) == 1
+    assert len(server.bodies) > before
+
+
+def test_near_duplicate_answers_are_dropped_in_the_order_of_the_questions(make_settings: Make, serve: Serve) -> None:
+    same = "It depends on the weather, on the season, and on how much time you have."
+    server = serve(lambda body, number: chat_reply(same))
+    settings = make_settings(server.url, chain="response", check=False)
+    report = build(settings)
+    assert report.counts["reasons"] == {"near_duplicate_answer": 3}
+    (kept,) = read_rows(settings.output / "chains.jsonl")
+    assert kept["messages"][0]["content"] == read_rows(Path(settings.questions[0].path))[0]["prompt"]
+    rejected = read_rows(settings.output / "rejected.jsonl")
+    assert [row["reason"] for row in rejected] == ["near_duplicate_answer"] * 3
+    assert build(settings.model_copy(update={"deduplicate": None})).counts["kept"] == 4  # no new texts needed
+
+
+def test_the_manifest_tells_where_the_data_comes_from(
+    make_settings: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
+    settings = make_settings(serve(answer).url, server={"api_key_env": "SECRET_KEY"})
+    report = build(settings)
+    text = (settings.output / "manifest.json").read_text()
+    manifest = json.loads(text)
+    assert "hunter2" not in text
+    assert manifest["counts"] == report.counts
+    assert manifest["finished"]
+    assert set(manifest["prompts"]) == {"response", "analysis", "guidance", "check"}
+    assert manifest["answered_by"] == {"scripted": sum(manifest["calls"].values())}
+    assert len(manifest["inputs"][settings.questions[0].path]) == 64
+    assert {"axolotl_mote", "python", "openai"} <= set(manifest["versions"])
+    assert manifest["identity"]["seed"] == 42
+
+
+def test_a_server_that_dies_and_comes_back_loses_nothing(make_settings: Make, serve: Serve, tmp_path: Path) -> None:
+    first = serve(answer)
+    port = int(first.url.split(":")[2].split("/")[0])
+    settings = make_settings(first.url, count=24, server={"concurrency": 8, "retry_for": 20})
+
+    def restart() -> None:
+        while len(first.bodies) < 20:
+            time.sleep(0.005)
+        first.close()
+        time.sleep(0.5)
+        running.append(ScriptedServer(answer, port))
+
+    running: list[ScriptedServer] = []
+    thread = threading.Thread(target=restart)
+    thread.start()
+    report = build(settings)
+    thread.join()
+    assert report.counts["pending"] == 0
+    assert running[0].bodies
+    running[0].close()
+    calls = [json.loads(line)["call"] for line in (settings.output / "journal.jsonl").read_text().splitlines()[1:]]
+    assert len(calls) == len(set(calls))
+
+
+def test_rows_train(make_settings: Make, serve: Serve) -> None:
+    """The trainer's own validation accepts what the builder writes."""
+    from datasets import load_dataset
+
+    settings = make_settings(serve(answer).url, count=12)
+    build(settings)
+    rows = load_dataset("json", data_files=str(settings.output / "chains.jsonl"), split="train")
+    assert {"messages", "analysis", "guidance", "response", "check"} <= set(rows.column_names)

@@ -1,0 +1,128 @@
+"""``axolotl mote build`` as a user runs it: output, exit status, errors."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from axolotl_mote.cli.build import command
+
+QUESTIONS = ("How is bread baked at home?", "Why do rivers bend so much?", "Who built the first violin?")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server that finds everything safe."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked = body["messages"][-1]["content"]
+            text = "VERDICT: SAFE" if "safety reviewer" in asked else f"That is {body['seed']} to the question {asked}"
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+            data = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(data.encode())))
+            self.end_headers()
+            self.wfile.write(data.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def config(tmp_path: Path, url: str) -> Path:
+    """A build file over three questions."""
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in QUESTIONS))
+    model = {"type": "server", "model": "m", "base_urls": [url], "backoff": 0.01}
+    raw = {"output": str(tmp_path / "out"), "questions": [{"path": str(questions)}], "models": {"default": model}}
+    path = tmp_path / "build.yml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(command, [str(arg) for arg in args])
+
+
+def edit(path: Path, **keys: object) -> None:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **keys}))
+
+
+def test_build_and_build_again(config: Path) -> None:
+    first = run(config)
+    assert first.exit_code == 0, first.output
+    assert "kept: response" in first.output
+    assert "6 requests" in first.output
+    out = config.parent / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "journal.jsonl",
+        "chains.jsonl",
+        "rejected.jsonl",
+        "manifest.json",
+        "statistics.html",
+    }
+    second = run(config)
+    assert second.exit_code == 0
+    assert "0 requests" in second.output
+
+
+def test_limit_output_and_exclude(config: Path, tmp_path: Path) -> None:
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(json.dumps({"prompt": QUESTIONS[0]}) + "\n")
+    done = run(config, "--limit", 2, "--exclude", exam, "--output", tmp_path / "elsewhere")
+    assert done.exit_code == 0, done.output
+    assert "excluded" in done.output
+    assert len((tmp_path / "elsewhere" / "chains.jsonl").read_text().splitlines()) == 1
+    assert "excluded" in (tmp_path / "elsewhere" / "rejected.jsonl").read_text()
+
+
+def test_a_budget_exits_with_3_until_all_is_done(config: Path) -> None:
+    edit(config, budget={"requests": 4})
+    first = run(config)
+    assert first.exit_code == 3
+    assert "Run the same command again" in first.output
+    assert run(config).exit_code == 0
+
+
+def test_a_changed_configuration_is_an_error_and_restart_the_way_out(config: Path) -> None:
+    run(config)
+    edit(config, seed=7)
+    refused = run(config)
+    assert refused.exit_code == 1
+    assert "seed: 42 -> 7" in refused.output
+    assert "Traceback" not in refused.output
+    restarted = run(config, "--restart")
+    assert restarted.exit_code == 0
+    assert "journal.1.jsonl" in restarted.output.replace("\n", "")
+
+
+def test_faults_of_the_build_file_are_shown_without_a_traceback(config: Path) -> None:
+    edit(config, chian="full")
+    done = run(config)
+    assert done.exit_code == 1
+    assert "chian" in done.output
+    assert "Traceback" not in done.output
+
+
+def test_help_has_an_example() -> None:
+    assert "axolotl mote build example_configs/build_local.yml" in run("--help").output
