@@ -72,6 +72,12 @@ class MoteLinear(nn.Module, LoraLayer):
     The scaling is part of the gate. The base layer may be any linear layer, quantized ones included.
     """
 
+    # PEFT's base class is untyped.
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict  # noqa: N815
+    lora_B: nn.ModuleDict  # noqa: N815
+    lora_dropout: nn.ModuleDict
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoteConfig, routing: Routing) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
@@ -87,7 +93,7 @@ class MoteLinear(nn.Module, LoraLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        adapter = self.active_adapters[0]
+        adapter = cast(str, self.active_adapters[0])
         gate = cast(Tensor, self.routing.gate)
         if x.dim() != 3:  # a model that flattens its tokens before a layer: (B * T, D)
             gate = gate.reshape(*x.shape[:-1], gate.shape[-1])
@@ -184,6 +190,7 @@ class MoteModel(LoraModel):
     them on its own.
     """
 
+    model: PreTrainedModel
     routing: Routing
 
     def _pre_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
@@ -201,7 +208,7 @@ class MoteModel(LoraModel):
             )
         super()._check_new_adapter_config(config)
 
-    def _create_new_module(  # type: ignore[override]
+    def _create_new_module(
         self, lora_config: MoteConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -213,17 +220,14 @@ class MoteModel(LoraModel):
         return MoteLinear(target, adapter_name, lora_config, self.routing)
 
     def _post_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-        assert isinstance(config, MoteConfig)
-        model = cast(PreTrainedModel, model)
+        model, config = cast(PreTrainedModel, model), cast(MoteConfig, config)
         self._wrap_embeddings(model, config, adapter_name)
         self._vocab_size = model.config.get_text_config().vocab_size
         attach(model, self.routing)
         # Hooks and not an override of forward: generate calls the wrapped model directly.
         model.register_forward_pre_hook(self._route, with_kwargs=True)
-        model.prepare_inputs_for_generation = self._with_step_ids(  # type: ignore[method-assign]
-            model.prepare_inputs_for_generation
-        )
-        model.generate = _with_wide_vocabulary(model, config.marker_ids)  # type: ignore[method-assign]
+        model.prepare_inputs_for_generation = self._with_step_ids(model.prepare_inputs_for_generation)
+        model.generate = _with_wide_vocabulary(model, config.marker_ids)
 
     def _wrap_embeddings(self, model: PreTrainedModel, config: MoteConfig, adapter_name: str) -> None:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -277,7 +281,9 @@ class MoteModel(LoraModel):
         training = model.training
         if step_ids is None:
             if input_ids is None:
-                raise ValueError("input_ids must be given: the tokens are the router; got inputs_embeds. Pass step_ids.")
+                raise ValueError(
+                    "input_ids must be given: the tokens are the router; got none. Pass input_ids or step_ids."
+                )
             cache = kwargs.get("past_key_values")
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError(
@@ -289,7 +295,7 @@ class MoteModel(LoraModel):
         if not training:
             self.routing.set_gate(step_ids)
             return args, kwargs
-        self._route_training(model, input_ids, step_ids, kwargs)
+        self._route_training(model, cast(Tensor, input_ids), step_ids, kwargs)
         return args, kwargs
 
     def _route_training(
@@ -332,7 +338,7 @@ class MoteModel(LoraModel):
                 )
             inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
             if inputs.get("input_ids") is None:
-                raise ValueError("input_ids must be given: the tokens are the router; got inputs_embeds. Pass input_ids.")
+                raise ValueError("input_ids must be given: the tokens are the router; got none. Pass input_ids.")
             fed = inputs["input_ids"].shape[1]
             inputs["step_ids"] = step_ids_from_tokens(input_ids, self.routing.config)[:, -fed:]
             return inputs
@@ -369,7 +375,7 @@ def _with_wide_vocabulary(model: PreTrainedModel, marker_ids: list[int]) -> Any:
             if not isinstance(table, MarkerEmbedding) and table.weight.shape[0] < width:
                 raise ValueError(
                     f"assistant_model must have embeddings for the markers, up to id {width - 1}; its table has "
-                    f"{table.weight.shape[0]} rows. Use a model with a MoTE adapter, or one written by `axolotl mote export`."
+                    f"{table.weight.shape[0]} rows. Use a model with a MoTE adapter or an exported one."
                 )
         configs = [one.config.get_text_config() for one in models]
         sizes = [config.vocab_size for config in configs]

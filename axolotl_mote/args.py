@@ -89,7 +89,7 @@ class MoteOptions(BaseModel):
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 _REFUSED: dict[str, str] = {
-    **{key: "The fused LoRA kernels bypass the gate. Remove it; torch_compile gives the same speed." for key in _KERNELS},
+    **dict.fromkeys(_KERNELS, "The fused LoRA kernels bypass the gate. Remove it; torch_compile gives the same speed."),
     "merge_lora": "Step-routed experts have no single merged weight. Use `axolotl mote export` instead of merge-lora.",
     "merge_method": "Step-routed experts have no single merged weight. Use `axolotl mote export`.",
     "relora": "Experts are never merged while training. Remove it.",
@@ -113,7 +113,12 @@ _REFUSED: dict[str, str] = {
     "layer_offloading": "Untested with step routing. Use DeepSpeed ZeRO-3 with offload.",
     "use_kernels": "Hub kernels may replace the routed layers. Remove it.",
 }
-_REFUSED_ABOVE_ONE = ("context_parallel_size", "tensor_parallel_size", "expert_parallel_size", "sequence_parallel_degree")
+_PARALLEL = (
+    "context_parallel_size",
+    "tensor_parallel_size",
+    "expert_parallel_size",
+    "sequence_parallel_degree",
+)
 
 
 class MoteArgs(BaseModel):
@@ -141,7 +146,7 @@ def check_config(cfg: dict[str, Any]) -> None:
     for key, remedy in _REFUSED.items():
         if cfg.get(key):
             raise ValueError(f"{key} must not be set with adapter: mote; got {cfg[key]!r}. {remedy}")
-    for key in _REFUSED_ABOVE_ONE:
+    for key in _PARALLEL:
         if (cfg.get(key) or 1) > 1:
             raise ValueError(
                 f"{key} must be 1 with adapter: mote; got {cfg[key]}. A split sequence or layer cannot be routed or "
@@ -153,7 +158,9 @@ def check_config(cfg: dict[str, Any]) -> None:
             f"{cfg['peft_init_lora_weights']!r}. Remove it."
         )
     if (cfg.get("peft") or {}).get("loftq_config"):
-        raise ValueError("peft.loftq_config must not be set with adapter: mote. Remove it; QLoRA needs load_in_4bit only.")
+        raise ValueError(
+            "peft.loftq_config must not be set with adapter: mote. Remove it; QLoRA needs load_in_4bit only."
+        )
     if not cfg.get("lora_r"):
         raise ValueError("lora_r must be set with adapter: mote; got none. Use the paper's 16, the rank of one expert.")
     if not cfg.get("lora_target_linear") and not cfg.get("lora_target_modules"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,7 @@ def render(visibility: Visibility, config: PretrainedConfig, dtype: torch.dtype)
         return _additive(mask, dtype) if implementation == "eager" else mask
 
     masks = {kind: one(window) for kind, window in layer_windows(config).items()}
-    return masks[""] if "" in masks else masks
+    return masks.get("", masks)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,7 +139,7 @@ def segment_attention(
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        out: Tensor = varlen_attn(
+        out = varlen_attn(
             query,
             key,
             value,
@@ -151,12 +151,10 @@ def segment_attention(
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return out
+        return cast(Tensor, out)
     outputs = []
     query_lengths, key_lengths = segments.query_starts.diff().tolist(), segments.key_starts.diff().tolist()
-    for q, k, v in zip(
-        query.split(query_lengths), key.split(key_lengths), value.split(key_lengths), strict=True
-    ):
+    for q, k, v in zip(query.split(query_lengths), key.split(key_lengths), value.split(key_lengths), strict=True):
         q_index = torch.arange(len(k) - len(q), len(k), device=q.device).unsqueeze(1)
         distance = q_index - torch.arange(len(k), device=q.device)
         mask = (distance >= 0) & (distance < (window or len(k)))
@@ -168,12 +166,19 @@ def segment_attention(
 
 @torch.compiler.disable  # the segments' lengths are data; tracing them would compile anew for every batch
 def _by_segment(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, segments: Segments, flash: bool, kwargs: dict[str, Any]
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    flash: bool,
+    kwargs: dict[str, Any],
 ) -> Tensor:
     """Gather, attend segment by segment, put back: (B, H, T, D) -> (B, T, H, D)."""
     batch, _, length, width = query.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, H, D)
     q, k, v = q[segments.queries], k[segments.keys], v[segments.keys]
+    config = cast(PretrainedConfig, module.config)
     scale = kwargs.get("scaling")
     window = kwargs.get("sliding_window")
     softcap = kwargs.get("softcap")
@@ -193,8 +198,8 @@ def _by_segment(
             cu_seq_lens_k=segments.key_starts,
             max_length_q=segments.max_queries,
             max_length_k=segments.max_keys,
-            target_dtype=module.config.dtype if q.dtype == torch.float32 else None,
-            attn_implementation=module.config._attn_implementation,
+            target_dtype=config.dtype if q.dtype == torch.float32 else None,
+            attn_implementation=config._attn_implementation,
         )[0]
     else:
         if softcap is not None:

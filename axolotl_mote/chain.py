@@ -17,7 +17,16 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from axolotl_mote.steps import CHECK, DEFAULT_STEPS, IGNORE_INDEX, answer_step, end_marker, markers, start_marker, validate_steps
+from axolotl_mote.steps import (
+    CHECK,
+    DEFAULT_STEPS,
+    IGNORE_INDEX,
+    answer_step,
+    end_marker,
+    markers,
+    start_marker,
+    validate_steps,
+)
 
 LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
 
@@ -114,9 +123,7 @@ def marker_ids(tokenizer: PreTrainedTokenizerBase, steps: Sequence[str]) -> list
 
 def marker_words(tokenizer: PreTrainedTokenizerBase, steps: Sequence[str]) -> list[list[int]]:
     """Ids of words that describe each marker, from whose mean its row starts; in the order of ``markers(steps)``."""
-    return [
-        encode_text(tokenizer, f"{verb} {step.replace('_', ' ')}") for step in steps for verb in ("begin", "end")
-    ]
+    return [encode_text(tokenizer, f"{verb} {step.replace('_', ' ')}") for step in steps for verb in ("begin", "end")]
 
 
 def encode_chain(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, steps: Sequence[str]) -> dict[str, Any]:
@@ -210,7 +217,9 @@ def check_rows(rows: Iterable[tuple[int, Any]], steps: Sequence[str], where: str
     first_seen: dict[str, int] = {}
     for number, row in rows:
         if isinstance(row, json.JSONDecodeError):
-            faults.append(f"row {number}: the line must be JSON; got {row.msg} at column {row.colno}. Correct the line.")
+            faults.append(
+                f"row {number}: the line must be JSON; got {row.msg} at column {row.colno}. Correct the line."
+            )
             continue
         faults += [f"row {number}: {fault}" for fault in check_row(row, steps)]
         row_id = row.get("id") if isinstance(row, Mapping) else None
@@ -329,7 +338,9 @@ def encode_dataset(
         keep_in_memory=keep_in_memory,
         desc="Encoding chains",
     )
-    kept = encoded.filter(lambda ids: len(ids) <= sequence_len, input_columns="input_ids", keep_in_memory=keep_in_memory)
+    kept = encoded.filter(
+        lambda ids: len(ids) <= sequence_len, input_columns="input_ids", keep_in_memory=keep_in_memory
+    )
     dropped = len(encoded) - len(kept)
     if dropped:
         LOG.warning(

@@ -17,7 +17,7 @@ LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its h
 CHAIN_TYPE = "axolotl_mote.chain"
 
 
-class MotePlugin(BasePlugin):  # type: ignore[misc]
+class MotePlugin(BasePlugin):
     """Registers `adapter: mote`, the loss of chain data sets, and the marker tokens.
 
     Every hook looks at the configuration it is given: a run that uses neither `adapter: mote` nor chain data is left
@@ -40,7 +40,7 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
         extra = list(special.get("additional_special_tokens") or [])
         special["additional_special_tokens"] = extra + [text for text in markers(options.steps) if text not in extra]
         cfg["special_tokens"] = special
-        _let_cpu_processes_meet()
+        _let_cpu_processes_meet(bool(cfg.get("deepspeed")))
 
     def get_input_args(self) -> str:
         """The schema of the `mote:` block."""
@@ -51,7 +51,7 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
         return [AdapterCapabilities(name="mote", lora_like=True, relora=False)]
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Check local chain files before axolotl reads them, so that faults name their rows; axolotl then loads them."""
+        """Check local chain files before axolotl reads them, so that faults name their rows."""
         from axolotl_mote.chain import check_file
 
         for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
@@ -72,7 +72,7 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
         model_config = load_model_config(cfg)
         names = get_linear_embedding_layers(model_config.model_type)
         tied = getattr(model_config, "tie_word_embeddings", False)
-        return {"trainable_token_indices": {name: ids for name in (names[:1] if tied else names)}}
+        return {"trainable_token_indices": dict.fromkeys(names[:1] if tied else names, ids)}
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Keep axolotl from resizing the embeddings: marker rows live in the adapter."""
@@ -93,7 +93,7 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
         from axolotl.loaders.adapter import find_all_linear_names
         from peft import PeftModel
 
-        from axolotl_mote.adapter import add_mote_adapter, mote_model
+        from axolotl_mote.adapter import add_mote_adapter
         from axolotl_mote.chain import marker_ids, marker_words
         from axolotl_mote.config import MoteConfig
 
@@ -132,10 +132,9 @@ class MotePlugin(BasePlugin):  # type: ignore[misc]
             # would depend on how the run is launched.
             torch.manual_seed(cfg.seed or 0)
             model = add_mote_adapter(model, config, marker_words(tokenizer, options.steps), **kwargs)
-        tuner = mote_model(model)
-        assert tuner is not None
-        tuner.routing.seed = cfg.seed or 0
-        tuner.routing.step_dropout = options.dropout_probabilities
+        routing = model.base_model.routing
+        routing.seed = cfg.seed or 0
+        routing.step_dropout = options.dropout_probabilities
         model.print_trainable_parameters()
         return model, config
 
@@ -226,7 +225,7 @@ def _prepare_base(model: Any, cfg: Any) -> Any:
     return model
 
 
-def _let_cpu_processes_meet() -> None:
+def _let_cpu_processes_meet(deepspeed: bool) -> None:
     """Let several processes on a machine without accelerator train together, over gloo.
 
     accelerate leaves the back end empty there and then believes in a single process, and axolotl places the model of
@@ -253,6 +252,17 @@ def _let_cpu_processes_meet() -> None:
         place(self)
         if "device_map" in self.model_kwargs:
             self.model_kwargs["device_map"] = {"": "cpu"}
+
+    if deepspeed:
+        from deepspeed.comm.torch import TorchBackend
+
+        gather = TorchBackend.all_gather_into_tensor
+
+        def all_gather_into_tensor(self: Any, output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            # gloo writes through views of the output, which autograd forbids while ZeRO-1 and 2 gather parameters.
+            return gather(self, output_tensor.detach(), *args, **kwargs)
+
+        TorchBackend.all_gather_into_tensor = all_gather_into_tensor
 
     prepare_backend._mote = True  # type: ignore[attr-defined]
     PartialState._prepare_backend = prepare_backend

@@ -6,10 +6,14 @@ synchronises with the host. Nothing here knows of models, tokenizers or attentio
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from axolotl_mote.config import MoteConfig
+if TYPE_CHECKING:  # the adapter is imported as soon as the configuration is, and needs this module whole
+    from axolotl_mote.config import MoteConfig
 
 _MASK_63 = 0x7FFFFFFFFFFFFFFF
 
@@ -38,7 +42,7 @@ def document_starts(input_ids: Tensor, position_ids: Tensor | None = None) -> Te
         return torch.zeros_like(index)
     position_ids = position_ids.expand(batch, length)
     continues = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    starts = torch.cat([torch.ones_like(continues[:, :1]), ~continues], dim=1) if length > 1 else index == 0
+    starts = F.pad(~continues, (1, 0), value=True)
     return _fill_forward(torch.where(starts, index, 0))
 
 
@@ -63,12 +67,12 @@ def step_ids_from_tokens(input_ids: Tensor, config: MoteConfig, position_ids: Te
         end_step = torch.where(input_ids == end, step, end_step)
     opened_at = _fill_forward(torch.where(start_step > 0, index, -1))
     is_open = opened_at >= document_starts(input_ids, position_ids)
-    step = torch.where(is_open, start_step.gather(1, opened_at.clamp(min=0)), 0)
-    closes = (end_step > 0) & (end_step == step)
+    step_ids = torch.where(is_open, start_step.gather(1, opened_at.clamp(min=0)), 0)
+    closes = (end_step > 0) & (end_step == step_ids)
     closed_at = _fill_forward(torch.where(closes, index, -1))
     # Shifted by one: the end marker itself still belongs to the step that it closes.
     closed_before = torch.cat([torch.full_like(closed_at[:, :1], -1), closed_at[:, :-1]], dim=1)
-    return torch.where(closed_before > opened_at, 0, step)
+    return torch.where(closed_before > opened_at, 0, step_ids)
 
 
 def gate_table(config: MoteConfig) -> Tensor:
@@ -117,13 +121,10 @@ def document_draws(
         Numbers in [0, 1), shape (n, B, T), float32, constant within a document.
     """
     index = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    if valid is None:
-        offset, keep = index - documents, 1
-    else:
-        keep = valid.to(torch.int64)
-        count = keep.cumsum(1)
-        offset = count - count.gather(1, documents)  # position among valid tokens up to a constant per document
-        offset = offset + keep.gather(1, documents) - 1  # 0 at the first valid token, padded left or not
+    keep = torch.ones_like(index) if valid is None else valid.to(torch.int64)
+    count = keep.cumsum(1)
+    # Position among the document's valid tokens: 0 at the first one, padded left or not.
+    offset = count - count.gather(1, documents) + keep.gather(1, documents) - 1
     token_hash = _mix(_mix(input_ids + _as_int64(seed * 0x9E3779B9 + step)) + offset) * keep
     total = token_hash.cumsum(1)
     last = _last_of_document(documents, index)

@@ -22,7 +22,7 @@ from axolotl_mote.routing import step_ids_from_tokens
 from axolotl_mote.steps import IGNORE_INDEX
 
 
-class MoteTrainer(AxolotlTrainer):  # type: ignore[misc]
+class MoteTrainer(AxolotlTrainer):
     """axolotl's trainer with MoTE's loss and metrics.
 
     ``chain_config`` (marker ids and steps) and ``loss_weights`` (by step id) are set on a subclass by the plugin.

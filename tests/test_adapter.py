@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_config, randomise
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -18,6 +17,7 @@ from axolotl_mote.adapter import MarkerEmbedding, MarkerHead, MoteLinear, add_mo
 from axolotl_mote.config import MoteConfig
 from axolotl_mote.routing import document_starts, step_ids_from_tokens
 from axolotl_mote.steps import markers
+from models import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_config, randomise
 
 
 class SeparateLora(nn.Module):
@@ -55,7 +55,7 @@ def reference(base: nn.Module, folder: Path, ids: torch.Tensor, steps: torch.Ten
             parent, _, leaf = name.rpartition(".")
             a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
             setattr(base.get_submodule(parent), leaf, SeparateLora(module, a, b, config, steps))
-    rows = [tensor for name, tensor in tensors.items() if "embed_tokens.lora_marker_rows" in name][0]
+    rows = next(tensor for name, tensor in tensors.items() if "embed_tokens.lora_marker_rows" in name)
     base.resize_token_embeddings(max(config["marker_ids"]) + 1, mean_resizing=False)
     with torch.no_grad():
         base.get_input_embeddings().weight[config["marker_ids"]] = rows
@@ -260,7 +260,8 @@ def test_spare_rows_of_a_padded_table_are_overlaid() -> None:
     found = embedding(torch.tensor([[5, 92, 95]]))[0]
     assert torch.allclose(found, torch.stack([table[5], rows[2], rows[5]]))
     logits = model(input_ids=torch.tensor([[5, 6]])).logits
-    assert logits.shape[-1] == VOCABULARY and torch.isfinite(logits).all()
+    assert logits.shape[-1] == VOCABULARY
+    assert torch.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -285,7 +286,11 @@ def test_lora_dropout_is_applied_while_training_only() -> None:
 
 def test_merging_is_refused() -> None:
     model = mote()
-    for merge in (model.merge_and_unload, model.merge_adapter, lambda: model.base_model.add_weighted_adapter([], [], "x")):
+    for merge in (
+        model.merge_and_unload,
+        model.merge_adapter,
+        lambda: model.base_model.add_weighted_adapter([], [], "x"),
+    ):
         with pytest.raises(NotImplementedError, match="axolotl mote export"):
             merge()
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MARKER_IDS, STEPS, VOCABULARY, chain, mote_config
 
 from axolotl_mote.routing import (
     document_draws,
@@ -17,6 +16,7 @@ from axolotl_mote.routing import (
     step_ids_from_tokens,
     visible_positions,
 )
+from models import MARKER_IDS, STEPS, VOCABULARY, chain, mote_config
 
 
 def reference_step_ids(tokens: list[int], positions: list[int]) -> list[int]:
@@ -33,9 +33,7 @@ def reference_step_ids(tokens: list[int], positions: list[int]) -> list[int]:
     return steps
 
 
-tokens_and_documents = st.lists(
-    st.tuples(st.sampled_from([5, 6, *MARKER_IDS]), st.booleans()), min_size=1, max_size=40
-)
+tokens_and_documents = st.lists(st.tuples(st.sampled_from([5, 6, *MARKER_IDS]), st.booleans()), min_size=1, max_size=40)
 
 
 @settings(max_examples=300, deadline=None)
@@ -51,7 +49,7 @@ def test_step_ids_equal_the_rule_token_by_token(row: list[tuple[int, bool]]) -> 
 
 
 def test_step_ids_of_examples() -> None:
-    a, a_end, g, g_end, r, r_end = MARKER_IDS
+    a, a_end, _, g_end, r, r_end = MARKER_IDS
     cases = {
         (5, a, 6, a_end, r, 7, r_end, 2): [0, 1, 1, 1, 3, 3, 3, 0],
         (5, a, 6, r, 7): [0, 1, 1, 3, 3],  # no end marker: until the next start
@@ -108,7 +106,8 @@ def test_draws_do_not_depend_on_batching_padding_or_packing() -> None:
 def test_draws_are_uniform_and_change_with_step_seed_and_content() -> None:
     rows = torch.randint(3, VOCABULARY, (4000, 12), generator=torch.Generator().manual_seed(0)).tolist()
     draws = draws_of(rows)[:, :, 0]
-    assert draws.min() >= 0 and draws.max() < 1
+    assert draws.min() >= 0
+    assert draws.max() < 1
     for draw in draws:
         histogram = torch.histc(draw, 10, 0, 1)
         assert (histogram - 400).abs().max() < 80  # 4 standard deviations of a fair draw
