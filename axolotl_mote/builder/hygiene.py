@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from typing import Any
+from zlib import crc32
 
 from axolotl_mote.builder.calls import Completion
 from axolotl_mote.builder.settings import Hygiene
@@ -22,6 +23,7 @@ _CONTROL = re.compile(
 _EDGES = re.compile(rf"\A(?:\s|{_CONTROL.pattern})+|(?:\s|{_CONTROL.pattern})+\Z", re.IGNORECASE)
 _THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
+_PERMUTATIONS = 64
 _CANNOT = r"(?:can'?t|cannot|can not|won'?t|am unable|am not able)\b"
 _REFUSALS = (
     rf"(?:i'?m|i am) (?:very |really |so |truly )?sorry,?(?: but)?(?: as an? [\w ]+,)? i {_CANNOT}",
@@ -100,8 +102,8 @@ def normalise(text: str) -> str:
 class SimilarTexts:
     """Finds an earlier text that is nearly the same, in close to constant time per text.
 
-    MinHash finds candidates, exact Jaccard similarity of the character 5-grams decides, so results do not depend on
-    hashing errors on the accepting side. Identical normalised texts always match.
+    MinHash finds candidates, the exact Jaccard similarity of the character 5-grams decides. Texts that differ only in
+    case and punctuation always match.
 
     Args:
         threshold: Jaccard similarity from which two texts count as the same; None: only identical ones do.
@@ -110,20 +112,25 @@ class SimilarTexts:
     def __init__(self, threshold: float | None) -> None:
         self._exact: dict[str, str] = {}
         self._threshold = threshold
+        self._latest: tuple[str, Any] = ("", None)
         if threshold is not None:
-            from datasketch import MinHashLSH
+            from datasketch import MinHash, MinHashLSH
 
             # A lower threshold than asked for, so that hardly any true match is missed; the exact test sorts them out.
-            self._lsh = MinHashLSH(threshold=max(0.1, threshold - 0.3), num_perm=128)
+            self._lsh = MinHashLSH(threshold=max(0.1, threshold - 0.3), num_perm=_PERMUTATIONS)
+            self._blank = MinHash(num_perm=_PERMUTATIONS, hashfunc=crc32)
             self._texts: dict[str, str] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._exact)
 
     def find(self, text: str) -> str | None:
         """Name of an earlier text that is nearly the same, or None."""
         key = normalise(text)
-        if key in self._exact or self._threshold is None or not key:
+        if key in self._exact or self._threshold is None or not key or not self._exact:
             return self._exact.get(key)
         grams = _grams(key)
-        for name in sorted(self._lsh.query(_sketch(grams))):
+        for name in sorted(self._lsh.query(self._sketch(key))):
             other = _grams(self._texts[name])
             if len(grams & other) / len(grams | other) >= self._threshold:
                 return str(name)
@@ -136,17 +143,17 @@ class SimilarTexts:
             return
         self._exact[key] = name
         if self._threshold is not None:
-            self._lsh.insert(name, _sketch(_grams(key)))
+            self._lsh.insert(name, self._sketch(key))
             self._texts[name] = key
+
+    def _sketch(self, key: str) -> Any:
+        """MinHash of a text; the latest is kept, since ``add`` usually follows ``find``."""
+        if self._latest[0] != key:
+            sketch = self._blank.copy()  # shares its permutations, which are dear to make
+            sketch.update_batch([gram.encode("utf-8", "surrogatepass") for gram in _grams(key)])
+            self._latest = (key, sketch)
+        return self._latest[1]
 
 
 def _grams(text: str) -> set[str]:
     return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
-
-
-def _sketch(grams: Iterable[str]):  # type: ignore[no-untyped-def]
-    from datasketch import MinHash
-
-    sketch = MinHash(num_perm=128)
-    sketch.update_batch([gram.encode() for gram in sorted(grams)])
-    return sketch

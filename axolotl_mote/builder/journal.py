@@ -127,9 +127,14 @@ class Journal:
             return
         # ASCII JSON: no line separator inside a text can end a line, and lone surrogates survive.
         data = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode("ascii"))
-        while data:
-            data = data[os.write(self._fd, data) :]
-        os.fsync(self._fd)
+        size = os.fstat(self._fd).st_size
+        try:
+            while data:
+                data = data[os.write(self._fd, data) :]
+            os.fsync(self._fd)
+        except OSError:  # a full disk: leave no half line for others to append to
+            os.ftruncate(self._fd, size)
+            raise
 
 
 def set_aside(path: Path) -> Path | None:

@@ -100,7 +100,8 @@ def load_questions(
 
     Args:
         sources: Where questions come from, in this order.
-        excluded: Evaluation prompts; a question any of whose user turns is one of them, or nearly, is dropped.
+        excluded: Evaluation prompts; a question is dropped if all its user turns together are one of them, or
+            nearly, or one of its user turns of three or more words is ("Yes." may well stand in both).
         deduplicate: Similarity from which two texts are nearly the same; None: only identical ones.
 
     Returns:
@@ -114,7 +115,7 @@ def load_questions(
     for source in excluded:
         for row, messages, _ in _dialogues(source):
             if messages:
-                evaluation.add(f"{source.path}:{row}", messages[-1]["content"])
+                evaluation.add(f"{source.path}:{row}", _user_text(messages))
     questions: list[Question] = []
     dropped: list[Dropped] = []
     seen_ids: set[str] = set()
@@ -128,7 +129,7 @@ def load_questions(
                 reason = "unusable_question"
             elif name in seen_ids:
                 reason = "duplicate_question"
-            elif any(turn["role"] == "user" and evaluation.find(turn["content"]) for turn in messages):
+            elif evaluation and any(map(evaluation.find, _exam_texts(messages))):
                 reason = "excluded"
             elif deduplicate is not None and seen.find(text):
                 reason = "near_duplicate_question"
@@ -221,6 +222,16 @@ def _read_dataset(source: QuestionSource) -> Iterator[dict[str, Any]]:
 
     for row in load_dataset(source.path, source.name, split=source.split, revision=source.revision):
         yield dict(row)
+
+
+def _user_text(messages: Messages) -> str:
+    return "\n".join(turn["content"] for turn in messages if turn["role"] == "user")
+
+
+def _exam_texts(messages: Messages) -> list[str]:
+    """The texts of a question that must not be evaluation prompts."""
+    turns = [turn["content"] for turn in messages if turn["role"] == "user"]
+    return [_user_text(messages), *(turn for turn in turns if len(turn.split()) >= 3)]
 
 
 def _user(text: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ _PAPER = {  # MoTE, Table 2: share of chains in %, Self-BLEU
 
 
 def print_summary(summary: Summary, console: Any) -> None:
-    """Print tables to a rich console."""
+    """Print tables to a rich console; one without markup, since reasons come from a file."""
     from rich.table import Table
 
     table = Table(title=f"{summary.chains} chains" + _sample_note(summary))

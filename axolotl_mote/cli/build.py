@@ -50,7 +50,7 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
         settings = settings.model_copy(update=changed)
         with _Progress() as progress:
             report = build(settings, restart=restart, on_progress=progress.show)
-    except (ValueError, FatalCallError) as error:
+    except (ValueError, OSError, FatalCallError) as error:
         raise click.ClickException(str(error)) from error
     _print_report(report, settings.output)
     if report.stopped == "interrupted":
@@ -109,7 +109,8 @@ def _print_report(report, output: Path) -> None:  # type: ignore[no-untyped-def]
     from rich.console import Console
     from rich.table import Table
 
-    console, counts = Console(), report.counts
+    # No markup: paths and reasons may hold square brackets.
+    console, counts = Console(markup=False), report.counts
     table = Table("outcome", "number")
     table.add_row("questions", str(counts["questions"]))
     for name, number in counts["forms"].items():

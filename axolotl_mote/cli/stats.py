@@ -50,6 +50,6 @@ def command(file: Path, rejected: Path | None, as_json: bool, html: Path | None,
         return
     from rich.console import Console
 
-    print_summary(summary, Console())
+    print_summary(summary, Console(markup=False))
     if html is not None:
         click.echo(f"Wrote {html}")

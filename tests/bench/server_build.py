@@ -30,9 +30,9 @@ from axolotl_mote.builder.settings import Settings
 
 TOPICS = """
 rivers bread violins chess bees glass maps soap wool iron tea clocks salt ferries owls kites paper honey bridges lemons
-drums wolves lamps snow cork silk chalk tides corn mirrors foxes rope barns pearls coal frogs tents wheels rice stamps
-swans tin ink plums moths canoes hail oats gates ants figs nets elms crabs suns dice hats jam oars peas quilts rings saws
-towers
+drums wolves lamps snow cork silk chalk tides corn mirrors foxes rope barns pearls coal frogs tents wheels rice
+stamps swans tin ink plums moths canoes hail oats gates ants figs nets elms crabs suns dice hats jam oars peas quilts
+rings saws towers
 """.split()  # noqa: SIM905
 CONCURRENCY = 16
 
@@ -114,6 +114,25 @@ def run(
     return {"seconds": report.seconds, "calls": len(calls), "rate": generated / report.seconds}
 
 
+def run_with_kill(folder: Path, name: str, server: Server, *arguments: Any) -> dict[str, Any]:
+    """A build in which the server is killed, after as many recorded calls as the last argument says, and restarted."""
+    *others, calls = arguments
+    journal = folder / name / "journal.jsonl"
+
+    def disturb() -> None:
+        while not journal.exists() or journal.read_text().count("\n") < calls:
+            time.sleep(0.05)
+        server.kill()
+        print(f"server killed with {journal.read_text().count(chr(10)) - 1} calls recorded", flush=True)
+        server.start()
+
+    helper = threading.Thread(target=disturb)
+    helper.start()
+    result = run(folder, name, server, *others)
+    helper.join()
+    return result
+
+
 @click.command()
 @click.argument("model")
 @click.option("--server", "command", help="Command line with {port}; transformers serve when left out.")
@@ -131,24 +150,15 @@ def main(model: str, command: str | None, count: int, tokens: int) -> None:
             run(folder, "warm-up", server, model, 2, 2, tokens)
             many = run(folder, "16 at a time", server, model, count, CONCURRENCY, tokens)
 
-            def disturb() -> None:
-                journal = folder / "16 at a time, server killed" / "journal.jsonl"
-                while not journal.exists() or journal.read_text().count("\n") < many["calls"] // 2:
-                    time.sleep(0.05)
-                server.kill()
-                print(f"server killed with {journal.read_text().count(chr(10)) - 1} calls recorded", flush=True)
-                server.start()
-
-            helper = threading.Thread(target=disturb)
-            helper.start()
-            killed = run(folder, "16 at a time, server killed", server, model, count, CONCURRENCY, tokens)
-            helper.join()
+            half = many["calls"] // 2
+            killed = run_with_kill(
+                folder, "16 at a time, server killed", server, model, count, CONCURRENCY, tokens, half
+            )
             single = run(folder, "one at a time", server, model, count, 1, tokens)
     finally:
         server.kill()
-    print(
-        f"16 at a time: {single['seconds'] / many['seconds']:.2f}x by time, {many['rate'] / single['rate']:.2f}x by tokens"
-    )
+    by_time, by_tokens = single["seconds"] / many["seconds"], many["rate"] / single["rate"]
+    print(f"16 at a time: {by_time:.2f}x by time, {by_tokens:.2f}x by tokens")
     print(f"  with the server killed and restarted: {single['seconds'] / killed['seconds']:.2f}x by time")
     if single["seconds"] < 3 * many["seconds"]:
         raise SystemExit("16 at a time must be at least three times as fast as one")

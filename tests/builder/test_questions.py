@@ -117,6 +117,17 @@ def test_contamination_is_found_in_earlier_turns_too(tmp_path: Path) -> None:
     assert len(questions) == 1
 
 
+def test_short_turns_of_an_evaluation_dialogue_are_no_contamination(tmp_path: Path) -> None:
+    exam = write_rows(tmp_path / "exam.jsonl", [{"prompt": "Yes."}, {"chosen": HH}])
+    rows = [
+        {"chosen": "\n\nHuman: Is it going to rain today?\n\nAssistant: Why?\n\nHuman: Yes.\n\nAssistant: Hm."},
+        {"prompt": "yes"},
+        {"chosen": HH.replace("Fix what?", "Another answer.")},
+    ]
+    _, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(exam)])
+    assert [(d.row, d.reason) for d in dropped] == [(2, "excluded"), (3, "excluded")]
+
+
 def test_faults_of_a_file_are_raised_once_with_line_numbers(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"prompt": "a"}\n{broken\n[1]\n')

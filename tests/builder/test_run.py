@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from builder_kit import Reply, ScriptedServer, chat_reply, read_rows, stage_of
+from kill_driver import StandIn
 
 from axolotl_mote.builder.journal import JournalError
 from axolotl_mote.builder.run import build
@@ -141,6 +142,21 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(make_settings: Make, se
     running[0].close()
     calls = [json.loads(line)["call"] for line in (settings.output / "journal.jsonl").read_text().splitlines()[1:]]
     assert len(calls) == len(set(calls))
+
+
+def test_a_local_writer_and_a_server_as_judge(
+    make_settings: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("axolotl_mote.builder.local.LocalClient", StandIn)
+    guard = serve(lambda body, number: chat_reply("safe"))
+    models = {
+        "default": {"type": "local", "path": "stand-in", "batch_size": 2},
+        "guard": {"type": "server", "model": "g", "base_urls": [guard.url]},
+    }
+    settings = make_settings(count=10, models=models, stages={"check": {"model": "guard", "style": "guard"}})
+    report = build(settings)
+    assert (report.counts["pending"], report.counts["verdicts"]) == (0, {"safe": len(guard.bodies)})
+    assert build(settings).requests == 0
 
 
 def test_rows_train(make_settings: Make, serve: Serve) -> None:

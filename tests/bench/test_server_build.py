@@ -1,0 +1,22 @@
+"""The builder against a real OpenAI-compatible server process that dies in the middle; server_build.py measures it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from server_build import Server, run_with_kill
+
+
+@pytest.mark.e2e
+def test_a_real_server_that_is_killed_and_restarted_loses_nothing(smollm2_dir: Path, tmp_path: Path) -> None:
+    transformers = Path(sys.executable).with_name("transformers")
+    command = f"{transformers} serve {smollm2_dir} --continuous-batching --device cpu --host 127.0.0.1 --port {{port}}"
+    server = Server(command)
+    try:
+        server.wait()
+        result = run_with_kill(tmp_path, "killed", server, str(smollm2_dir), 6, 4, 12, 4)
+    finally:
+        server.kill()
+    assert result["calls"] >= 6
