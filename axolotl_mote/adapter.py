@@ -77,6 +77,7 @@ class MoteLinear(nn.Module, LoraLayer):
     lora_A: nn.ModuleDict  # noqa: N815
     lora_B: nn.ModuleDict  # noqa: N815
     lora_dropout: nn.ModuleDict
+    active_adapters: list[str]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MoteConfig, routing: Routing) -> None:
         super().__init__()
@@ -84,8 +85,8 @@ class MoteLinear(nn.Module, LoraLayer):
         self.routing = routing
         self._active_adapter = adapter_name
         # PEFT derives the scaling as alpha / rank; over the total rank that is alpha * (S + 1) / R = alpha / r.
-        self.update_layer(
-            adapter_name, config.total_rank, lora_alpha=config.lora_alpha * (config.num_steps + 1), config=config
+        LoraLayer.update_layer(
+            self, adapter_name, config.total_rank, lora_alpha=config.lora_alpha * (config.num_steps + 1), config=config
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -93,12 +94,13 @@ class MoteLinear(nn.Module, LoraLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
-        adapter = cast(str, self.active_adapters[0])
+        adapter = self.active_adapters[0]
         gate = cast(Tensor, self.routing.gate)
         if x.dim() != 3:  # a model that flattens its tokens before a layer: (B * T, D)
             gate = gate.reshape(*x.shape[:-1], gate.shape[-1])
         lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
-        inner = lora_a(self.lora_dropout[adapter](self._cast_input_dtype(x, lora_a.weight.dtype)))
+        x = LoraLayer._cast_input_dtype(self, x, lora_a.weight.dtype)
+        inner = lora_a(self.lora_dropout[adapter](x))
         return result + lora_b(inner * gate.to(inner.dtype)).to(result.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
@@ -219,8 +221,7 @@ class MoteModel(LoraModel):
             )
         return MoteLinear(target, adapter_name, lora_config, self.routing)
 
-    def _post_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-        model, config = cast(PreTrainedModel, model), cast(MoteConfig, config)
+    def _post_injection_hook(self, model: PreTrainedModel, config: MoteConfig, adapter_name: str) -> None:
         self._wrap_embeddings(model, config, adapter_name)
         self._vocab_size = model.config.get_text_config().vocab_size
         attach(model, self.routing)
