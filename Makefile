@@ -69,10 +69,10 @@ docs: $(STAMP) ## Regenerate docs/configuration.md from the pydantic schema, and
 	$(BIN)/python docs/generate.py
 
 bench: $(MODEL)/config.json ## Step time on the CPU: MoTE beside plain LoRA of the same total rank
-	$(BIN)/python benchmarks/step_time.py --model $(MODEL) $(ARGS)
+	$(BIN)/python tests/bench/train_step.py $(ARGS)
 
 gpu-bench: $(STAMP) ## Step time on one GPU at the shape of Llama-3.1-8B (random weights)
-	$(BIN)/python benchmarks/step_time.py --device cuda --shape llama-3.1-8b $(ARGS)
+	$(BIN)/python tests/bench/train_step.py --device cuda $(ARGS)
 
 gpu-check: $(STAMP) ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
