@@ -42,6 +42,9 @@ from axolotl_mote.routing import (
 class Routing(SegmentsHolder):
     """The routing state of one model: set once per forward, read by every layer.
 
+    The state is that of the latest forward, so the backward pass of a forward with gradient checkpointing must come
+    before the next forward, as it does in every training loop that we know.
+
     Attributes:
         gate: Weight of every rank for every token of the current forward, shape (B, T, R), float32.
         seed: Seed of the random draws (question routing, step dropout).
@@ -314,8 +317,8 @@ class MoteModel(LoraModel):
             routed = torch.where(step_ids == 0, draw_question_step(draws[0], config.num_steps), step_ids)
         routing.set_gate(routed)
         if any(routing.step_dropout):
-            probabilities = torch.tensor(routing.step_dropout, device=step_ids.device)
-            hidden = hidden_steps(step_ids, draws[1:], probabilities)
+            hideable = draws[1 : 1 + len(routing.step_dropout)]
+            hidden = hidden_steps(step_ids, hideable, routing.step_dropout)
             positions = visible_positions(step_ids, hidden, documents, config.num_steps, valid)
             valid = torch.ones_like(hidden) if valid is None else valid
             visibility = Visibility(documents, step_ids, hidden, positions, valid)

@@ -6,7 +6,7 @@ each chunk is computed again in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +23,21 @@ def shift(tokens: Tensor, fill: int) -> Tensor:
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], fill)], dim=1)
 
 
-def token_weights(targets: Tensor, target_steps: Tensor, step_weights: Tensor) -> Tensor:
+def token_weights(targets: Tensor, target_steps: Tensor, step_weights: Sequence[float]) -> Tensor:
     """Weight of every predicted token: that of its step, 0 where the target is ignored.
 
     Args:
         targets: Shifted labels, shape (B, T); -100 is ignored.
         target_steps: Shifted step ids, shape (B, T).
-        step_weights: Weight by step id, shape (S + 1,), float32.
+        step_weights: Weight by step id, S + 1 of them.
 
     Returns:
         Weights, shape (B, T), float32.
     """
-    return F.embedding(target_steps, step_weights.unsqueeze(1)).squeeze(-1) * (targets != IGNORE_INDEX)
+    weights = torch.zeros(targets.shape, device=targets.device)
+    for step, weight in enumerate(step_weights):
+        weights = torch.where(target_steps == step, weight, weights)
+    return weights * (targets != IGNORE_INDEX)
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -162,20 +164,20 @@ def draw_question_step(draws: Tensor, num_steps: int) -> Tensor:
     return 1 + (draws * num_steps).to(torch.int64).clamp(max=num_steps - 1)
 
 
-def hidden_steps(step_ids: Tensor, draws: Tensor, probabilities: Tensor) -> Tensor:
+def hidden_steps(step_ids: Tensor, draws: Tensor, probabilities: Sequence[float]) -> Tensor:
     """Mark the tokens of steps that are hidden from all later steps (MoTE, section 3.3).
 
     Args:
         step_ids: Step of each token, shape (B, T).
         draws: One uniform number per hideable step, shape (n, B, T); row j belongs to step j + 1.
-        probabilities: Probability with which each of these steps is hidden, shape (n,).
+        probabilities: Probability with which each of these steps is hidden, n of them.
 
     Returns:
         True at tokens of hidden steps, shape (B, T), bool.
     """
     hidden = torch.zeros_like(step_ids, dtype=torch.bool)
-    for step, draw in enumerate(draws, start=1):
-        hidden = hidden | ((step_ids == step) & (draw < probabilities[step - 1]))
+    for step, (draw, probability) in enumerate(zip(draws, probabilities, strict=True), start=1):
+        hidden = hidden | ((step_ids == step) & (draw < probability))
     return hidden
 
 

@@ -49,8 +49,7 @@ class MoteTrainer(AxolotlTrainer):
         """Weights, targets and their steps for a batch, each of shape (B, T)."""
         step_ids = step_ids_from_tokens(inputs["input_ids"], self.chain_config, inputs.get("position_ids"))
         targets, steps = shift(inputs["labels"], IGNORE_INDEX), shift(step_ids, 0)
-        step_weights = torch.tensor(self.loss_weights, dtype=torch.float32, device=targets.device)
-        return token_weights(targets, steps, step_weights), targets, steps
+        return token_weights(targets, steps, self.loss_weights), targets, steps
 
     def compute_loss(
         self,

@@ -21,7 +21,7 @@ def test_shift_moves_targets_under_their_predictors() -> None:
 
 def test_weights_come_from_the_targets_step() -> None:
     targets = torch.tensor([[5, -100, 7, 8]])
-    weights = token_weights(targets, torch.tensor([[1, 1, 2, 0]]), torch.tensor([1.0, 0.5, 3.0]))
+    weights = token_weights(targets, torch.tensor([[1, 1, 2, 0]]), [1.0, 0.5, 3.0])
     assert weights.tolist() == [[0.5, 0.0, 3.0, 1.0]]
 
 

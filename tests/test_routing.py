@@ -127,9 +127,9 @@ def test_question_step_draws_cover_all_steps_evenly() -> None:
 def test_hidden_steps_follow_their_probability() -> None:
     step_ids = torch.tensor([[0, 1, 1, 2, 3]])
     draws = torch.tensor([[[0.2] * 5], [[0.6] * 5]])
-    assert hidden_steps(step_ids, draws, torch.tensor([0.3, 0.5]))[0].tolist() == [False, True, True, False, False]
-    assert not hidden_steps(step_ids, draws, torch.tensor([0.0, 0.0])).any()
-    assert hidden_steps(step_ids, draws, torch.tensor([1.0, 1.0]))[0].tolist() == [False, True, True, True, False]
+    assert hidden_steps(step_ids, draws, [0.3, 0.5])[0].tolist() == [False, True, True, False, False]
+    assert not hidden_steps(step_ids, draws, [0.0, 0.0]).any()
+    assert hidden_steps(step_ids, draws, [1.0, 1.0])[0].tolist() == [False, True, True, True, False]
 
 
 @settings(max_examples=100, deadline=None)
