@@ -6,9 +6,8 @@ synchronises with the host. Nothing here knows of models, tokenizers or attentio
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
