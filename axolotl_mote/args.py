@@ -113,7 +113,7 @@ _REFUSED: dict[str, str] = {
     "layer_offloading": "Untested with step routing. Use DeepSpeed ZeRO-3 with offload.",
     "use_kernels": "Hub kernels may replace the routed layers. Remove it.",
 }
-_PARALLEL = (
+_REFUSED_ABOVE_ONE = (
     "context_parallel_size",
     "tensor_parallel_size",
     "expert_parallel_size",
@@ -146,7 +146,7 @@ def check_config(cfg: dict[str, Any]) -> None:
     for key, remedy in _REFUSED.items():
         if cfg.get(key):
             raise ValueError(f"{key} must not be set with adapter: mote; got {cfg[key]!r}. {remedy}")
-    for key in _PARALLEL:
+    for key in _REFUSED_ABOVE_ONE:
         if (cfg.get(key) or 1) > 1:
             raise ValueError(
                 f"{key} must be 1 with adapter: mote; got {cfg[key]}. A split sequence or layer cannot be routed or "
