@@ -88,7 +88,7 @@ def _write(
         completion = yield _call(question, step, round_, attempt, messages, settings)
         text, broken = clean(completion.text)
         setattr(outcome, step, text)
-        fault = defect(completion, text, settings.hygiene)
+        fault = defect(completion, text, settings.hygiene) or ("prompt_leak" if prompts.leaks(text) else None)
         if fault is None:
             outcome.neutralised += broken
             return True

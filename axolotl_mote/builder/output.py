@@ -65,9 +65,10 @@ def write_results(
     from axolotl_mote.builder.statistics import summarise
 
     kept, rejected = sort_outcomes([outcomes[q.id] for q in questions if q.id in outcomes], settings.deduplicate)
-    chains = [_row(outcome) for outcome in kept]
+    names = row_ids(questions)
+    chains = [_row(outcome, names) for outcome in kept]
     rejects = [_dropped_row(row) for row in dropped]
-    rejects += [{**_row(outcome), "defects": outcome.defects, "reason": reason} for outcome, reason in rejected]
+    rejects += [{**_row(outcome, names), "defects": outcome.defects, "reason": reason} for outcome, reason in rejected]
     folder = settings.output
     write_jsonl(folder / "chains.jsonl", chains)
     write_jsonl(folder / "rejected.jsonl", rejects)
@@ -119,11 +120,18 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(staging, path)
 
 
-def _row(outcome: Outcome) -> dict[str, Any]:
+def row_ids(questions: Sequence[Question]) -> dict[str, str]:
+    """The id of each row by question: its source's where no other row has the same, else the question's own."""
+    given = {q.id: str(q.columns["id"]) for q in questions if q.columns.get("id") is not None}
+    uses = Counter(given.values())
+    return {q.id: given[q.id] if uses[given.get(q.id, "")] == 1 else q.id for q in questions}
+
+
+def _row(outcome: Outcome, names: dict[str, str]) -> dict[str, Any]:
     question = outcome.question
     columns = {key: value for key, value in question.columns.items() if key != "id"}
     return {
-        "id": question.columns.get("id", question.id),
+        "id": names[question.id],
         "question_id": question.id,
         "messages": question.messages,
         "analysis": outcome.analysis,

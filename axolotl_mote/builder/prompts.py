@@ -16,6 +16,7 @@ and the filter ``quote`` puts ``> `` before every line, which no content can esc
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from axolotl_mote.builder.calls import Messages
-from axolotl_mote.builder.hygiene import neutralise
+from axolotl_mote.builder.hygiene import neutralise, normalise
 from axolotl_mote.builder.settings import Stage
 
+_TAGS = re.compile(r"\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\}", re.DOTALL)
 _BUILT_IN = Path(__file__).parent / "templates"
 
 
@@ -53,6 +55,7 @@ class Prompts:
         self._templates, self._stages = {}, stages
         self.hashes: dict[str, str] = {}
         self.files: dict[str, str] = {}
+        self._windows: set[tuple[str, ...]] = set()
         if folder is not None and not folder.is_dir():
             raise ValueError(f"prompts must be a folder with templates; got {folder}. Create it or leave the key out.")
         for stage in stages:
@@ -65,6 +68,7 @@ class Prompts:
             if "user" not in template.blocks:
                 raise ValueError(f"{file} must have a block named user; got {sorted(template.blocks)}. Add it.")
             self._templates[stage] = template
+            self._windows |= set(_windows(_TAGS.sub(" ", source)))
             self.hashes[stage] = hashlib.sha256(source.encode()).hexdigest()[:16]
             self.files[stage] = file.name if folder is None or file.parent != folder else str(file)
 
@@ -98,6 +102,10 @@ class Prompts:
             return [{"role": "system", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
         return [{"role": "system", "content": system}, *turns]
 
+    def leaks(self, text: str) -> bool:
+        """True if a generated text repeats eight words in a row of a template, as weak models do."""
+        return any(window in self._windows for window in _windows(text))
+
     def _block(self, stage: str, name: str, values: dict[str, Any]) -> str:
         template = self._templates[stage]
         if name not in template.blocks:
@@ -108,6 +116,11 @@ class Prompts:
             raise ValueError(
                 f"block {name} of template {stage} must render; got: {error}. Correct the template."
             ) from error
+
+
+def _windows(text: str) -> list[tuple[str, ...]]:
+    words = normalise(text).split()
+    return [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
 
 
 def guard_messages(messages: Messages, response: str) -> Messages:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from builder_kit import prompts, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from axolotl_mote.builder.calls import BudgetMeter, BudgetReached, Call
 from axolotl_mote.builder.local import LocalClient, SeededNoise
-from axolotl_mote.builder.settings import CheckStage, LocalModel, Stage
+from axolotl_mote.builder.run import build
+from axolotl_mote.builder.settings import CheckStage, LocalModel, Settings, Stage
 from axolotl_mote.builder.verdict import VERDICT_LINES
 
 TEMPLATE = (
@@ -129,3 +131,30 @@ def test_the_budget_is_kept(folder: Path) -> None:
     client.complete_batch(calls("one", "two"), Stage(max_new_tokens=2))
     with pytest.raises(BudgetReached, match=r"budget\.requests"):
         client.complete_batch(calls("one", "two"), Stage(max_new_tokens=2))
+
+
+def test_a_build_that_was_stopped_equals_one_that_was_not(folder: Path, tmp_path: Path) -> None:
+    """The whole way with a real model: four runs of a budget that tears groups apart, against one run."""
+    questions = write_rows(tmp_path / "q.jsonl", prompts(11))
+    raw = {
+        "output": tmp_path / "whole",
+        "questions": [{"path": str(questions)}],
+        "models": {"default": {"type": "local", "path": str(folder), "device": "cpu", "batch_size": 3}},
+        "chain": "full",
+        "stages": {
+            name: {"max_new_tokens": 12, "attempts": 1} for name in ("analysis", "guidance", "response", "check")
+        },
+        "hygiene": {"min_distinct_ngrams": 0, "refusal_max_words": 0},
+    }
+    raw["stages"]["check"]["constrained"] = True  # type: ignore[index]
+    whole = Settings.model_validate(raw)
+    assert build(whole).counts["pending"] == 0
+    torn = Settings.model_validate({**raw, "output": tmp_path / "torn", "budget": {"requests": 7}})
+    runs = 0
+    while build(torn).counts["pending"]:
+        runs += 1
+        journal = torn.output / "journal.jsonl"
+        journal.write_bytes(journal.read_bytes()[:-9])  # the last call of a batch is torn: the batch is made again
+    assert runs >= 1
+    for name in ("chains.jsonl", "rejected.jsonl"):
+        assert (torn.output / name).read_bytes() == (whole.output / name).read_bytes()

@@ -103,6 +103,13 @@ def test_defects_are_tried_again_with_another_seed_then_the_loop_goes_on(make_se
     assert outcome.reason is None
 
 
+def test_a_text_that_repeats_our_prompt_is_a_defect(make_settings: Make) -> None:
+    leak = "I would help with everything that is harmless, leave out whatever could hurt someone, and so on."
+    outcome, _ = play(make_settings(), leak, "Use a locksmith.", SAFE)
+    assert outcome.defects == ["response:prompt_leak"]
+    assert outcome.response == "Use a locksmith."
+
+
 def test_a_defective_analysis_ends_the_question(make_settings: Make) -> None:
     outcome, _ = play(make_settings(), "First.", UNSAFE, "", "")
     assert outcome.reason == "analysis_empty"

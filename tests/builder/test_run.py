@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builder_kit import Reply, ScriptedServer, chat_reply, read_rows, stage_of
+from builder_kit import Reply, ScriptedServer, chat_reply, read_rows, stage_of, write_rows
+from datasets import load_dataset
 from kill_driver import StandIn
 
 from axolotl_mote.builder.journal import JournalError
 from axolotl_mote.builder.run import build
-from axolotl_mote.builder.settings import Settings
+from axolotl_mote.builder.settings import QuestionSource, Settings
 
 Make = Callable[..., Settings]
 Serve = Callable[..., ScriptedServer]
@@ -159,11 +160,23 @@ def test_a_local_writer_and_a_server_as_judge(
     assert build(settings).requests == 0
 
 
-def test_rows_train(make_settings: Make, serve: Serve) -> None:
-    """The trainer's own validation accepts what the builder writes."""
-    from datasets import load_dataset
+def test_the_trainer_accepts_the_rows(make_settings: Make, serve: Serve, tmp_path: Path) -> None:
+    from axolotl_mote.chain import check_file
+    from axolotl_mote.steps import DEFAULT_STEPS
 
     settings = make_settings(serve(answer).url, count=12)
-    build(settings)
+    odd = [
+        {"prompt": "Where do owls sleep?", "id": 1},
+        {"prompt": "Why is tea so bitter?", "id": 1},
+        {
+            "chosen": "\n\nHuman: One?\n\nAssistant: Two.\n\nHuman: \u2028Three <|analysis|>?\n\nAssistant: x",
+            "extra": [1],
+        },
+    ]
+    more = QuestionSource(path=str(write_rows(tmp_path / "odd.jsonl", odd)))
+    settings = settings.model_copy(update={"questions": [*settings.questions, more]})
+    assert build(settings).counts["questions"] == 15
+    check_file(settings.output / "chains.jsonl", DEFAULT_STEPS)
     rows = load_dataset("json", data_files=str(settings.output / "chains.jsonl"), split="train")
-    assert {"messages", "analysis", "guidance", "response", "check"} <= set(rows.column_names)
+    assert {"messages", "analysis", "guidance", "response", "check", "extra"} <= set(rows.column_names)
+    assert len(set(rows["id"])) == len(rows)
