@@ -1,12 +1,13 @@
 """Questions from files and data sets: dialogues that end in a user turn, each with an id that depends on its text.
 
-It reads JSONL, JSON, Parquet and Hugging Face data sets in three shapes: HH-RLHF transcripts (``chosen``),
+It reads JSONL, JSON, CSV, Parquet and Hugging Face data sets in three shapes: HH-RLHF transcripts (``chosen``),
 ``messages`` and plain prompts. Rows that cannot be a question, repeat another or hold an evaluation prompt are dropped
 with a reason. It knows nothing about models.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
@@ -20,7 +21,7 @@ from axolotl_mote.builder.calls import Messages
 from axolotl_mote.builder.hygiene import SimilarTexts
 from axolotl_mote.builder.settings import QuestionSource
 
-COLUMNS = ("messages", "chosen", "prompt", "question")
+COLUMNS = ("messages", "chosen", "prompt", "question", "forbidden_prompt")
 _RESERVED = frozenset({"messages", "analysis", "guidance", "response", "check", "verdicts", "reason", "question_id"})
 _TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):[ \t]*")
 _ROLES = {"human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -149,10 +150,10 @@ def read_rows(source: QuestionSource) -> Iterator[dict[str, Any]]:
         ValueError: If the file is missing or a line is no JSON object; all such lines at once.
     """
     path = Path(source.path)
-    if path.suffix in (".jsonl", ".json", ".parquet"):
+    if path.suffix in _READERS:
         if not path.is_file():
             raise ValueError(f"questions.path must be an existing file; got {path}. Correct the path.")
-        rows = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[path.suffix](path)
+        rows = _READERS[path.suffix](path)
     else:
         rows = _read_dataset(source)
     return islice(rows, source.limit)
@@ -215,6 +216,14 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     with ParquetFile(path) as file:
         for batch in file.iter_batches():
             yield from batch.to_pylist()
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
 def _read_dataset(source: QuestionSource) -> Iterator[dict[str, Any]]:

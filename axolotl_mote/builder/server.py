@@ -115,23 +115,31 @@ class ServerClient:
         replica = await self._take(deadline)
         try:
             self._budget.start()
-            raw = await replica.client.chat.completions.with_raw_response.create(**self._body(call, stage))
+            async with asyncio.timeout(self.spec.timeout):  # of the whole request; the client's own is between bytes
+                raw = await replica.client.chat.completions.with_raw_response.create(**self._body(call, stage))
             replica.failures = 0
             _rest(replica, _limit_rest(raw.headers), "rate limit used up")
             return _read(raw.parse())
         except (JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError) as error:
-            raise _TryAgain(f"{replica.url}: broken reply: {error}") from error
-        except openai.APIConnectionError as error:  # includes time-outs
-            if not isinstance(error, openai.APITimeoutError):
-                replica.failures += 1
-                _rest(replica, min(self.spec.backoff_max, self.spec.backoff * 2**replica.failures), "no connection")
-            raise _TryAgain(f"{replica.url}: {error}") from error
+            raise self._failed(replica, f"broken reply: {error}") from error
+        except (TimeoutError, openai.APITimeoutError) as error:
+            raise self._failed(replica, f"no answer within {self.spec.timeout} s") from error
+        except openai.APIConnectionError as error:
+            failed = self._failed(replica, f"no connection: {error.__cause__ or error}")
+            _rest(replica, min(self.spec.backoff_max, self.spec.backoff * 2**replica.failures), "no connection")
+            raise failed from error
         except openai.APIStatusError as error:
             return self._status(error, replica)
         finally:
             async with self._change:
                 replica.in_flight -= 1
                 self._change.notify_all()
+
+    def _failed(self, replica: _Replica, why: str) -> _TryAgain:
+        """Count a failure, so that other replicas are preferred; the first in a row is shown to the user."""
+        replica.failures += 1
+        log.log(logging.WARNING if replica.failures == 1 else logging.INFO, "%s: %s; trying again", replica.url, why)
+        return _TryAgain(f"{replica.url}: {why}")
 
     def _body(self, call: Call, stage: Stage) -> dict[str, Any]:
         return {
@@ -152,7 +160,7 @@ class ServerClient:
             raise _TryAgain(words) from error
         if status >= 500 or status in (408, 409, 425):
             _rest(replica, _retry_after(error.response.headers), str(status))
-            raise _TryAgain(words) from error
+            raise self._failed(replica, str(error)) from error
         if status in (400, 413, 422):
             if error.code == "content_filter":
                 return Completion(str(error), "filtered", model=self.spec.model)

@@ -24,11 +24,12 @@ class _Schema(BaseModel):
 
 
 class QuestionSource(_Schema):
-    """Where questions come from: a JSONL, JSON or Parquet file, or the name of a Hugging Face data set."""
+    """Where questions come from: a JSONL, JSON, CSV or Parquet file, or the name of a Hugging Face data set."""
 
-    path: str = Field(description="File ending in .jsonl, .json or .parquet, or a Hugging Face data set name.")
+    path: str = Field(description="File ending in .jsonl, .json, .csv or .parquet, or a Hugging Face data set name.")
     column: str | None = Field(
-        None, description="Column with the question; found among messages, chosen, prompt, question when left out."
+        None,
+        description="Column with the question; found by its name (messages, chosen, prompt, ...) when left out.",
     )
     name: str | None = Field(None, description="Configuration of a Hugging Face data set.")
     split: str = Field("train", description="Split of a Hugging Face data set.")

@@ -69,6 +69,14 @@ class ScriptedServer:
                     server.most_in_flight = max(server.most_in_flight, server.in_flight)
                 try:
                     status, headers, data = script(body, number)
+                    if status == -1:  # a reply that never ends, one space at a time
+                        self.wfile.write(
+                            b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n"
+                        )
+                        for _ in range(60):
+                            self.wfile.write(b" ")
+                            time.sleep(0.1)
+                        return
                     self.send_response(status)
                     for name, value in {"content-type": "application/json", **headers}.items():
                         self.send_header(name, value)

@@ -48,7 +48,7 @@ def test_shapes_of_rows(row: dict[str, object], column: str) -> None:
     assert messages[-1]["role"] == "user"
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
 def test_files(tmp_path: Path, suffix: str) -> None:
     rows = [
         {"prompt": "What is chess?", "id": "a", "level": 3},
@@ -59,13 +59,16 @@ def test_files(tmp_path: Path, suffix: str) -> None:
         write_rows(path, rows)
     elif suffix == "json":
         path.write_text(json.dumps(rows))
+    elif suffix == "csv":
+        path.write_text("prompt,id,level\nWhat is chess?,a,3\nHow tall are giraffes in zoos?,b,4\n")
+        rows = [{**row, "level": str(row["level"])} for row in rows]
     else:
         import pyarrow as pa
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
     questions, dropped = load_questions([source(path)])
-    assert [q.columns for q in questions] == [{"id": "a", "level": 3}, {"id": "b", "level": 4}]
+    assert [q.columns for q in questions] == [{"id": row["id"], "level": row["level"]} for row in rows]
     assert dropped == []
     assert len(load_questions([source(path, limit=1)])[0]) == 1
 
@@ -137,7 +140,7 @@ def test_faults_of_a_file_are_raised_once_with_line_numbers(tmp_path: Path) -> N
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "q.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match=r"messages or chosen or prompt or question.*1 rows"):
+    with pytest.raises(ValueError, match=r"messages or chosen or prompt or question or forbidden_prompt.*1 rows"):
         load_questions([source(path)])
     with pytest.raises(ValueError, match="existing file"):
         load_questions([source(tmp_path / "none.jsonl")])

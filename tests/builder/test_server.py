@@ -79,6 +79,15 @@ def test_time_outs_are_tried_again(make_settings: Make, serve: Serve) -> None:
     assert (report.counts["kept"], report.requests) == (4, 9)
 
 
+def test_a_server_that_drips_is_timed_out_too(make_settings: Make, serve: Serve) -> None:
+    """Bytes that keep coming do not stretch the time-out: it is that of the whole request."""
+    server = serve(lambda body, number: (-1, {}, b"") if number == 0 else good(body))
+    started = time.monotonic()
+    report = build(make_settings(server.url, count=1, server={"timeout": 0.4}))
+    assert report.counts["kept"] == 1
+    assert time.monotonic() - started < 4
+
+
 def test_retry_after_is_obeyed(make_settings: Make, serve: Serve) -> None:
     server = serve(lambda body, number: error_reply(429, retry_after="0.7") if number == 0 else good(body))
     build(make_settings(server.url, count=1))
