@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
-from generation_kit import STEPS, Reference, naive_step_ids, random_adapter, tiny_model, tiny_mote, tiny_tokenizer
-from transformers import LogitsProcessorList
+from generation_kit import (
+    STEPS,
+    Reference,
+    naive_step_ids,
+    random_adapter,
+    save_adapter,
+    tiny_model,
+    tiny_mote,
+    tiny_tokenizer,
+)
+from rich.console import Console
+from transformers import CompileConfig, LogitsProcessorList
 
 from axolotl_mote.chain import encode_question
 from axolotl_mote.generation import generate_chain
 from axolotl_mote.generation.decoding import Decoder
 from axolotl_mote.generation.grammar import StepGrammar, make_budget, make_plan
 from axolotl_mote.generation.result import parse_chain
+from axolotl_mote.generation.showcase import base_answer, show_answers
 from axolotl_mote.generation.vocabulary import special_ids, step_vocabulary
 from axolotl_mote.routing import step_ids_from_tokens
 
@@ -475,3 +488,34 @@ def test_generate_leaves_the_configuration_alone(mote):
     model, tokenizer = mote
     generate_chain(model, tokenizer, QUESTIONS[0], max_new_tokens=12, num_beams=2)
     assert model.config.vocab_size == 259
+
+
+def test_static_cache_compiles_as_one_graph(mote):
+    """The routing hook, the gate and the marker rows leave no graph break (fullgraph raises on one)."""
+    model, tokenizer = mote
+    compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compile_config._compile_all_devices = True
+    arguments = {"steps": list(STEPS), "max_new_tokens": 24}
+    torch._dynamo.utils.counters.clear()
+    compiled = generate_chain(
+        model, tokenizer, QUESTIONS[0], cache_implementation="static", compile_config=compile_config, **arguments
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert compiled.token_ids == generate_chain(model, tokenizer, QUESTIONS[0], **arguments).token_ids
+
+
+def test_showcase_puts_the_base_model_beside_the_adapter(tmp_path):
+    model, tokenizer = tiny_mote()
+    tiny_model().save_pretrained(tmp_path / "base")
+    folder = save_adapter(model, tokenizer, tmp_path / "adapter", tmp_path / "base")
+    screen = io.StringIO()
+    show_answers(folder, ["hi [bold]there"], 24, Console(file=screen, width=200))
+    shown = screen.getvalue()
+    assert "Question: hi [bold]there" in shown
+    assert "<|response|>" in shown
+    # The base answer is that of the untouched base model.
+    plain = tiny_model()
+    ids = torch.tensor([encode_question(tokenizer, QUESTIONS[0])])
+    expected = plain.generate(input_ids=ids, max_new_tokens=10, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    found = base_answer(model, tokenizer, QUESTIONS[0], 10)
+    assert found == tokenizer.decode(expected, skip_special_tokens=True)

@@ -1,7 +1,7 @@
 """Decoding speed: MoTE beside plain PEFT LoRA of the same total rank, interleaved in one run.
 
     python tests/bench/decode.py --model models/SmolLM2-135M-Instruct
-    python tests/bench/decode.py --model models/SmolLM2-135M-Instruct --device cuda --dtype bfloat16 --batch 1 --batch 16
+    python tests/bench/decode.py --model models/SmolLM2-135M-Instruct --device cuda --dtype bfloat16
 
 Each variant generates the same number of tokens from the same prompts. Variants take turns within a repeat, so that a
 busy machine slows all of them; the table shows medians and the ratio to plain LoRA within each repeat.
