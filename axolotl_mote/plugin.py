@@ -258,9 +258,9 @@ def _let_cpu_processes_meet(deepspeed: bool) -> None:
 
         gather = TorchBackend.all_gather_into_tensor
 
-        def all_gather_into_tensor(self: Any, output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            # gloo writes through views of the output, which autograd forbids while ZeRO-1 and 2 gather parameters.
-            return gather(self, output_tensor.detach(), *args, **kwargs)
+        def all_gather_into_tensor(self: Any, output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            # gloo copies through views of the output, which autograd forbids while ZeRO-1 and 2 gather parameters.
+            return gather(self, output_tensor.detach(), input_tensor.detach(), *args, **kwargs)
 
         TorchBackend.all_gather_into_tensor = all_gather_into_tensor
 
