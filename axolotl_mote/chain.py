@@ -54,6 +54,12 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def _normalize(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Text as the tokenizer sees it when it looks for special tokens."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
 def encode_question(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], steps: Sequence[str] = ()
 ) -> list[int]:
@@ -74,9 +80,15 @@ def encode_question(
         hostile.append(match.group())
         return f"\ue000{len(hostile) - 1}\ue001"
 
+    def guard(text: str) -> str:
+        # A normalizer may turn a look-alike into a special token: such a text is encoded as text from end to end.
+        looks_alike = any(pattern.search(_normalize(tokenizer, piece)) for piece in pattern.split(text))
+        return re.sub("(?s).+", stand_in, text) if looks_alike else pattern.sub(stand_in, text)
+
     # The stand-ins keep the template from seeing what they replace; each is then encoded as ordinary text. A special
     # token would split the text at the same places, so all other text is encoded as usual.
-    safe = [{**message, "content": pattern.sub(stand_in, message["content"])} for message in messages]
+    # Further fields of a turn are left out: some templates render them.
+    safe = [{"role": message["role"], "content": guard(message["content"])} for message in messages]
     rendered: str = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
     ids: list[int] = []
     for position, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):
@@ -168,6 +180,8 @@ def check_row(row: Any, steps: Sequence[str]) -> list[str]:
             faults.append(f"{step} must be a string or null; got {type(text).__name__}. Quote it or set null.")
         elif step == CHECK and text not in (None, "safe", "unsafe"):
             faults.append(f"check must be 'safe', 'unsafe' or null; got {text!r}. Correct or clear it.")
+        elif fault := _unicode_fault(text):
+            faults.append(f"{step} {fault}")
         elif step == answer and not (text or "").strip():
             faults.append(f"{answer} must be a non-empty string; got {text!r}. Write the answer or drop the row.")
     reasoning = list(steps[: steps.index(answer)])
@@ -179,6 +193,14 @@ def check_row(row: Any, steps: Sequence[str]) -> list[str]:
                 f"later one, or leave {reasoning[earlier]} out of mote.steps."
             )
     return faults
+
+
+def _unicode_fault(text: Any) -> str | None:
+    """JSON can spell halves of characters that no tokenizer and no table can hold."""
+    half = re.search("[\ud800-\udfff]", text) if isinstance(text, str) else None
+    if half is None:
+        return None
+    return f"must be valid Unicode; got an unpaired surrogate at character {half.start()}. Correct the text."
 
 
 def _check_messages(messages: Any) -> list[str]:
@@ -194,6 +216,8 @@ def _check_messages(messages: Any) -> list[str]:
             faults.append(f"{where}.role must be one of {_ROLES}; got {turn.get('role')!r}. Rename it.")
         if not isinstance(turn.get("content"), str) or not turn["content"].strip():
             faults.append(f"{where}.content must be a non-empty string; got {turn.get('content')!r}. Write the text.")
+        elif fault := _unicode_fault(turn["content"]):
+            faults.append(f"{where}.content {fault}")
     last = messages[-1]
     if isinstance(last, Mapping) and last.get("role") in ("system", "assistant"):
         faults.append(
@@ -221,6 +245,10 @@ def check_rows(rows: Iterable[tuple[int, Any]], steps: Sequence[str], where: str
                 f"row {number}: the line must be JSON; got {row.msg} at column {row.colno}. Correct the line."
             )
             continue
+        if isinstance(row, UnicodeDecodeError):
+            byte = row.object[row.start]
+            faults.append(f"row {number}: the line must be UTF-8; got byte {byte:#x}. Convert the file.")
+            continue
         faults += [f"row {number}: {fault}" for fault in check_row(row, steps)]
         row_id = row.get("id") if isinstance(row, Mapping) else None
         if row_id is not None and first_seen.setdefault(str(row_id), number) != number:
@@ -239,22 +267,29 @@ def check_file(path: Path, steps: Sequence[str]) -> None:
     Raises:
         ChainDataError: As ``check_rows``.
     """
-    text = path.read_text(encoding="utf-8")
+    content = path.read_bytes()
     rows: list[tuple[int, Any]] = []
-    if text.lstrip().startswith("["):
+    if content.lstrip().startswith(b"["):
         try:
-            rows = list(enumerate(json.loads(text), start=1))
+            rows = list(enumerate(json.loads(content.decode("utf-8")), start=1))
         except json.JSONDecodeError as error:
             raise ChainDataError(
                 f"{path} must be JSON; got {error.msg} at line {error.lineno}. Correct the line."
             ) from None
+        except UnicodeDecodeError as error:
+            line = content.count(b"\n", 0, error.start) + 1
+            raise ChainDataError(
+                f"{path} must be UTF-8; got another encoding at line {line}. Convert the file."
+            ) from None
     else:
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(content.split(b"\n"), start=1):
             if line.strip():
                 try:
-                    rows.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
+                    rows.append((number, json.loads(line.decode("utf-8"))))
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     rows.append((number, error))
+    if not rows:
+        raise ChainDataError(f"{path} must hold at least one chain; got none. Add rows.")
     check_rows(rows, steps, str(path))
 
 
@@ -329,6 +364,8 @@ def encode_dataset(
         ChainDataError: If a row has a fault, or if no chain is short enough.
     """
     check_rows(enumerate(dataset, start=1), steps, where)
+    if not len(dataset):
+        raise ChainDataError(f"{where} must hold at least one chain; got none. Add rows.")
     forms = Counter("-".join(step for step in steps if (row.get(step) or "").strip()) for row in dataset)
     encoded = dataset.map(
         encode_chain,
@@ -352,7 +389,7 @@ def encode_dataset(
             f"sequence_len must fit at least one chain of {where}; got {sequence_len}, all {dropped} chains are longer "
             f"(the longest has {longest} tokens). Raise sequence_len."
         )
-    LOG.info("%s: %d chains; forms %s", where, len(kept), dict(forms.most_common()))
+    LOG.info("%s: kept %d of %d chains; forms of all: %s", where, len(kept), len(encoded), dict(forms.most_common()))
     if debug:
         for input_ids in kept[:3]["input_ids"]:
             show_routing(tokenizer, input_ids, steps)
