@@ -128,28 +128,37 @@ class MarkerRows(nn.Module):
         return F.linear(x, weight) if as_head else x @ weight
 
 
-class _MarkerLayer(nn.Module):
-    """Shared by the two ends of the model: the wrapped layer and the ids of the markers."""
+class _MarkerLayer(nn.Module, BaseTunerLayer):
+    """Shared by the two ends of the model: the wrapped layer, the ids of the markers and their rows.
 
+    A tuner layer to PEFT, so that its rows are frozen, saved and loaded like every other adapter weight.
+    """
+
+    adapter_layer_names = ("lora_marker_rows",)
+    other_param_names = ()
+    base_layer: nn.Module
     marker_ids: Tensor
 
-    def __init__(self, base_layer: nn.Module, marker_ids: list[int]) -> None:
+    def __init__(self, base_layer: nn.Module, marker_ids: list[int], adapter_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.lora_marker_rows = nn.ModuleDict({})
         self.register_buffer("marker_ids", torch.tensor(marker_ids), persistent=False)
+        self._active_adapter = adapter_name
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
 
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight, without the marker rows."""
-        return cast(Tensor, self.base_layer.weight)
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Step-routed experts have no single merged weight."""
+        _refuse_merge()
 
 
 class MarkerEmbedding(_MarkerLayer):
     """An input embedding whose marker tokens come from the adapter, also where the table has no row for them."""
 
     def __init__(self, base_layer: nn.Module, marker_ids: list[int], rows: MarkerRows, adapter_name: str) -> None:
-        super().__init__(base_layer, marker_ids)
-        self.lora_marker_rows = nn.ModuleDict({adapter_name: rows})
+        super().__init__(base_layer, marker_ids, adapter_name)
+        self.lora_marker_rows[adapter_name] = rows
         self.adapter_name = adapter_name
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -174,8 +183,9 @@ class MarkerHead(_MarkerLayer):
     def __init__(
         self, base_layer: nn.Module, marker_ids: list[int], rows: MarkerRows, adapter_name: str, tied: bool
     ) -> None:
-        super().__init__(base_layer, marker_ids)
-        self.lora_marker_rows = nn.ModuleDict({} if tied else {adapter_name: rows})
+        super().__init__(base_layer, marker_ids, adapter_name)
+        if not tied:
+            self.lora_marker_rows[adapter_name] = rows
         self._rows = [rows]  # in a list, so that tied rows are not registered, and saved, a second time
         self._width = max(marker_ids) + 1
 
