@@ -26,6 +26,7 @@ class MotePlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Check what validation would let through, and have axolotl add the marker tokens to the tokenizer."""
+        self._debug = bool(cfg.get("debug"))  # a flag of the command line that validation drops
         if not _concerns(cfg):
             return
         options = MoteOptions(**(cfg.get("mote") or {}))
@@ -54,6 +55,8 @@ class MotePlugin(BasePlugin):
         """Check local chain files before axolotl reads them, so that faults name their rows."""
         from axolotl_mote.chain import check_file
 
+        if getattr(self, "_debug", False):
+            cfg.debug = True
         for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
             path = Path(str(entry.get("path")))
             if entry.get("type") == CHAIN_TYPE and path.is_file() and path.suffix in (".json", ".jsonl"):
