@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axolotl_mote.adapter import MarkerEmbedding, MarkerHead, MoteLinear, add_mote_adapter, mote_model
+from axolotl_mote.adapter import MoteLinear, add_mote_adapter, mote_model
 from axolotl_mote.config import MoteConfig
+from axolotl_mote.markers import MarkerEmbedding, MarkerHead
 from axolotl_mote.routing import document_starts, step_ids_from_tokens
 from axolotl_mote.steps import markers
 from models import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_config, randomise

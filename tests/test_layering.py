@@ -19,6 +19,7 @@ LAYERS = [
     "masks",
     "attention",
     "loss",
+    "markers",
     "adapter",
     "chain",
     "trainer",

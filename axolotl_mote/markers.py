@@ -1,0 +1,104 @@
+"""The marker tokens' rows: trained in the adapter, laid over both ends of the model.
+
+The base model's tables are neither resized nor saved, also where they have no row for a marker. Nothing here knows of
+steps, routing or tokenizers: ids in, embeddings and logits out.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+
+def refuse_merge() -> NoReturn:
+    """Raise what every way of merging step-routed experts raises."""
+    raise NotImplementedError(
+        "Step-routed experts cannot be merged into one weight: the weight depends on the token. "
+        "Use `axolotl mote export`, which writes one plain LoRA adapter per step."
+    )
+
+
+class MarkerRows(nn.Module):
+    """The trainable rows of the marker tokens, shape (2S, D): the adapter's own slice of the embedding table."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor, as_head: bool) -> Tensor:
+        """(..., D) -> marker logits (..., 2S) as a head; one-hot (..., 2S) -> rows (..., D) otherwise."""
+        weight = self.weight.to(x.dtype)
+        return F.linear(x, weight) if as_head else x @ weight
+
+
+class _MarkerLayer(nn.Module, BaseTunerLayer):
+    """Shared by the two ends of the model: the wrapped layer, the ids of the markers and their rows.
+
+    A tuner layer to PEFT, so that its rows are frozen, saved and loaded like every other adapter weight.
+    """
+
+    adapter_layer_names = ("lora_marker_rows",)
+    other_param_names = ()
+    base_layer: nn.Module
+    marker_ids: Tensor
+
+    def __init__(self, base_layer: nn.Module, marker_ids: list[int], adapter_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_marker_rows = nn.ModuleDict({})
+        self.register_buffer("marker_ids", torch.tensor(marker_ids), persistent=False)
+        self._active_adapter = adapter_name
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Step-routed experts have no single merged weight."""
+        refuse_merge()
+
+
+class MarkerEmbedding(_MarkerLayer):
+    """An input embedding whose marker tokens come from the adapter, also where the table has no row for them."""
+
+    def __init__(self, base_layer: nn.Module, marker_ids: list[int], rows: MarkerRows, adapter_name: str) -> None:
+        super().__init__(base_layer, marker_ids, adapter_name)
+        self.lora_marker_rows[adapter_name] = rows
+        self.adapter_name = adapter_name
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens, (B, T) -> (B, T, D), in the dtype of the base table."""
+        one_hot = input_ids.unsqueeze(-1) == self.marker_ids  # (B, T, 2S)
+        is_marker = one_hot.any(-1)
+        embedded: Tensor = self.base_layer(input_ids.masked_fill(is_marker, 0))
+        rows = self.lora_marker_rows[self.adapter_name](one_hot.to(embedded.dtype), as_head=False)
+        # Some models scale their embeddings inside the layer (Gemma 3); the rows are kept unscaled like the table's.
+        scale = getattr(self.base_layer, "embed_scale", None)
+        if scale is not None:
+            rows = rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+        return torch.where(is_marker.unsqueeze(-1), rows, embedded)
+
+
+class MarkerHead(_MarkerLayer):
+    """An output head that gives the marker tokens' logits from the adapter, widened where the head has no column.
+
+    With tied embeddings it reads the embedding's rows and registers none of its own.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, marker_ids: list[int], rows: MarkerRows, adapter_name: str, tied: bool
+    ) -> None:
+        super().__init__(base_layer, marker_ids, adapter_name)
+        if not tied:
+            self.lora_marker_rows[adapter_name] = rows
+        self._rows = [rows]  # in a list, so that tied rows are not registered, and saved, a second time
+        self._width = max(marker_ids) + 1
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits, (..., D) -> (..., max(V, last marker id + 1)); ids without a row anywhere get minus infinity."""
+        logits: Tensor = self.base_layer(hidden)
+        if logits.shape[-1] < self._width:
+            logits = F.pad(logits, (0, self._width - logits.shape[-1]), value=float("-inf"))
+        return logits.index_copy(-1, self.marker_ids, self._rows[0](hidden, as_head=True).to(logits.dtype))
