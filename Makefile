@@ -68,10 +68,10 @@ format: $(STAMP) ## Format and fix what can be fixed
 docs: $(STAMP) ## Regenerate docs/configuration.md from the pydantic schema, and the picture
 	$(BIN)/python docs/generate.py
 
-bench: $(MODEL)/config.json ## Step time on the CPU: MoTE beside plain LoRA of the same total rank
+bench: $(MODEL)/config.json ## Training step on the CPU: MoTE beside plain LoRA and other ways to run several LoRAs
 	$(BIN)/python tests/bench/train_step.py $(ARGS)
 
-gpu-bench: $(STAMP) ## Step time on one GPU at the shape of Llama-3.1-8B (random weights)
+gpu-bench: $(STAMP) ## The same on one GPU at the shape of Llama-3.1-8B (random weights)
 	$(BIN)/python tests/bench/train_step.py --device cuda $(ARGS)
 
 gpu-check: $(STAMP) ## The tests that need a GPU
