@@ -12,6 +12,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -312,8 +313,9 @@ def show_routing(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], s
         text.append(f"{step} ", style=colours[number % len(colours)])
     text.append("\n")
     step_ids = step_ids_from_tokens(torch.tensor([list(input_ids)]), config)[0].tolist()
-    for token, step_id in zip(input_ids, step_ids, strict=True):
-        text.append(tokenizer.decode([token]), style=colours[step_id % len(colours)])
+    # Whole stretches: a character may be spread over several tokens.
+    for step_id, stretch in groupby(zip(step_ids, input_ids, strict=True), key=lambda pair: pair[0]):
+        text.append(tokenizer.decode([token for _, token in stretch]), style=colours[step_id % len(colours)])
     Console().print(text)
 
 
