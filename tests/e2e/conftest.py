@@ -1,0 +1,393 @@
+"""Runs of the real command line on a tiny model, shared by the end-to-end tests."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+BIN = Path(sys.executable).parent
+TIMEOUT = 300  # seconds of one command, on a busy machine
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*names): runs of the `runs` fixture that a test looks at")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+
+
+def environment() -> dict[str, str]:
+    """One thread per process, nothing downloaded, no launcher's variables inherited."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {key: value for key, value in os.environ.items() if key not in launcher}
+    return {
+        **inherited,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "FORCE_COLOR": "1",
+        "COLUMNS": "300",
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+@dataclass
+class Result:
+    """What a command left: its exit code and everything it printed."""
+
+    returncode: int
+    log: str
+
+    def ok(self) -> Result:
+        assert self.returncode == 0, f"exit code {self.returncode}; the log ends with\n{self.log[-4000:]}"
+        return self
+
+
+RUNNING: set[Command] = set()
+
+
+class Command:
+    """A running command in a process group of its own, so that nothing of it survives the test."""
+
+    def __init__(self, args: list[Any], log: Path, cwd: Path) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [str(x) for x in args],
+                cwd=cwd,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        RUNNING.add(self)
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        RUNNING.discard(self)
+
+    def wait(self, timeout: float = TIMEOUT) -> Result:
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            code = -1
+        self.kill()
+        note = f"\n(killed after {timeout} s)" if code == -1 else ""
+        return Result(code, self.text() + note)
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
+        """Wait until something has happened; the command must still be running then."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > end or self.process.poll() is not None:
+                self.kill()
+                raise AssertionError(f"the command ended or hung too early; its log ends with\n{self.text()[-4000:]}")
+            time.sleep(0.05)
+
+
+@atexit.register
+def leave_nothing_running() -> None:
+    """Also after an interrupt, when no test waits for its command any more."""
+    for command in list(RUNNING):
+        command.kill()
+
+
+class Workshop:
+    """Writes configurations and runs axolotl in a folder."""
+
+    def __init__(self, folder: Path, model: Path, chains: Path, repo: Path) -> None:
+        self.folder, self.model, self.chains, self.repo = folder, model, chains, repo
+
+    def config(self, name: str, **changes: Any) -> Path:
+        """Write a configuration; a value of None removes the key."""
+        config: dict[str, Any] = {
+            "base_model": str(self.model),
+            "plugins": ["axolotl_mote.MotePlugin"],
+            "adapter": "mote",
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "lora_target_linear": True,
+            "mote": {"question_routing": "random", "step_dropout": 0.5},
+            "datasets": [{"path": str(self.chains), "type": "axolotl_mote.chain"}],
+            "dataset_prepared_path": str(self.folder / name / "prepared"),
+            "dataset_num_proc": 1,
+            "dataloader_num_workers": 0,
+            "sequence_len": 384,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_steps": 6,
+            # Adam divides by the root of v: with the usual eps of 1e-8 an element whose gradient is rounding noise
+            # moves as far as any other, in a random direction, and no two summation orders agree. With eps above the
+            # gradients the update is proportional to them, and the optimizer's state still matters on resuming.
+            "optimizer": "adamw_torch",
+            "adam_epsilon": 0.01,
+            "lr_scheduler": "constant",
+            "learning_rate": 0.1,
+            "weight_decay": 0.0,
+            "seed": 42,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "bf16": False,
+            "fp16": False,
+            "tf32": False,
+            "attn_implementation": "sdpa",
+            "gradient_checkpointing": False,
+            "output_dir": str(self.output(name)),
+        }
+        config = {key: value for key, value in {**config, **changes}.items() if value is not None}
+        path = self.folder / name / "config.yml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return path
+
+    def output(self, name: str) -> Path:
+        return self.folder / name / "out"
+
+    def start(self, verb: str, name: str, *extra: str, processes: int = 1, **changes: Any) -> Command:
+        """Start an axolotl command, through torchrun where there are several processes."""
+        args: list[Any] = [BIN / "axolotl", verb, self.config(name, **changes)]
+        if processes > 1:
+            args += ["--launcher", "torchrun", *extra, "--", "--nproc_per_node", processes]
+            args += ["--master_port", free_port()]
+        else:
+            args += ["--launcher", "python", *extra] if verb in ("train", "evaluate", "inference") else extra
+        return Command(args, self.folder / name / f"{verb}.log", self.repo)
+
+    def run(self, verb: str, name: str, *extra: str, processes: int = 1, **changes: Any) -> Result:
+        return self.start(verb, name, *extra, processes=processes, **changes).wait()
+
+    def train(self, name: str, processes: int = 1, **changes: Any) -> Path:
+        """Train and return the adapter's folder; several processes share a batch of two."""
+        if processes > 1:
+            changes = {"micro_batch_size": 1, **changes}
+        self.run("train", name, processes=processes, **changes).ok()
+        return self.output(name)
+
+    def train_killed_and_resumed(self, name: str, processes: int = 1, auto: bool = False, **changes: Any) -> Path:
+        """Train 3 steps, kill the processes after the checkpoint, resume and train 3 more."""
+        if processes > 1:
+            changes = {"micro_batch_size": 1, **changes}
+        changes |= {"save_strategy": "steps", "save_steps": 3}
+        checkpoint = self.output(name) / "checkpoint-3"
+        running = self.start("train", name, processes=processes, **{**changes, "max_steps": 60})
+
+        def trained_on() -> bool:
+            return (checkpoint / "trainer_state.json").is_file() and running.text().count("'loss':") > 3
+
+        running.wait_for(trained_on)
+        running.kill()
+        assert not (self.output(name) / "adapter_model.safetensors").exists()
+        assert [path.name for path in self.output(name).glob("checkpoint-*")] == ["checkpoint-3"]
+        resume = {"auto_resume_from_checkpoints": True} if auto else {"resume_from_checkpoint": str(checkpoint)}
+        log = self.run("train", name, processes=processes, **changes, **resume).ok().log
+        assert log.count("'loss':") == 3, f"the run did not go on at step 4; the log ends with\n{log[-3000:]}"
+        return self.output(name)
+
+    def deepspeed(self, stage: str) -> str:
+        return str(self.repo / "example_configs" / "deepspeed" / f"{stage}.json")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Path:
+    """A random two-layer Llama in float32 with SmolLM2's tokenizer; its table has no room for markers."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def twelve_chains(tmp_path_factory: pytest.TempPathFactory, seed_chains: Path) -> Path:
+    """Twelve chains: six batches of two are one epoch.
+
+    An odd number of them holds an analysis, and an odd number a guidance. So in whatever order they come, some batch
+    pairs a chain with a chain that lacks the step: with two processes, one of the ranks lacks it.
+    """
+    rows = [json.loads(line) for line in seed_chains.read_text(encoding="utf-8").splitlines()]
+    full = [row for row in rows if row["guidance"]][:5]
+    middle = [row for row in rows if row["analysis"] and not row["guidance"]][:2]
+    middle += [{**row, "guidance": None} for row in rows if row["guidance"]][5 : 7 - len(middle)]
+    short = [row for row in rows if not row["analysis"]][:5]
+    chosen = full + middle + short
+    assert (len(chosen), len(full) % 2, len(full + middle) % 2) == (12, 1, 1)
+    path = tmp_path_factory.mktemp("data") / "chains.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, twelve_chains: Path, repo: Path) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("runs"), tiny_model, twelve_chains, repo)
+
+
+JOBS: dict[str, Callable[[Workshop, Runs], Any]] = {}
+
+
+def job(function: Callable[[Workshop, Runs], Any]) -> Callable[[Workshop, Runs], Any]:
+    """Register a single-process run that several tests look at, under its function's name."""
+    JOBS[function.__name__] = function
+    return function
+
+
+class Runs:
+    """Single-process runs, two at a time in the background; ``get`` waits for one."""
+
+    def __init__(self, workshop: Workshop, names: list[str], pool: ThreadPoolExecutor) -> None:
+        # In the order of JOBS: a job may wait for one above it.
+        self._futures: dict[str, Future[Any]] = {}
+        for name in JOBS:
+            if name in names:
+                self._futures[name] = pool.submit(JOBS[name], workshop, self)
+
+    def get(self, name: str) -> Any:
+        return self._futures[name].result()
+
+
+@pytest.fixture(scope="session")
+def runs(request: pytest.FixtureRequest, workshop: Workshop) -> Iterator[Runs]:
+    """The runs that the selected tests name with ``@pytest.mark.needs``."""
+    names = [name for item in request.session.items for mark in item.iter_markers("needs") for name in mark.args]
+    pool = ThreadPoolExecutor(max_workers=2)
+    try:
+        yield Runs(workshop, names, pool)
+    finally:
+        leave_nothing_running()
+        pool.shutdown(cancel_futures=True)
+
+
+@job
+def reference(workshop: Workshop, runs: Runs) -> Path:
+    """One process, micro-batch 2, six steps without a break."""
+    return workshop.train("reference")
+
+
+@job
+def accumulated(workshop: Workshop, runs: Runs) -> Path:
+    """As the reference, two micro-batches a step."""
+    return workshop.train("accumulated", gradient_accumulation_steps=2)
+
+
+@job
+def resumed(workshop: Workshop, runs: Runs) -> Path:
+    return workshop.train_killed_and_resumed("resumed")
+
+
+@job
+def preprocessed(workshop: Workshop, runs: Runs) -> Result:
+    return workshop.run("preprocess", "preprocessed", "--debug")
+
+
+@job
+def evaluated(workshop: Workshop, runs: Runs) -> Result:
+    adapter = runs.get("reference")
+    held_out = [{"path": str(workshop.chains), "type": "axolotl_mote.chain", "ds_type": "json", "split": "train"}]
+    return workshop.run("evaluate", "evaluated", lora_model_dir=str(adapter), test_datasets=held_out)
+
+
+@job
+def checkpointed(workshop: Workshop, runs: Runs) -> Path:
+    kwargs = {"use_reentrant": False}
+    return workshop.train("checkpointed", gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+
+
+@job
+def checkpointed_reentrant(workshop: Workshop, runs: Runs) -> Path:
+    kwargs = {"use_reentrant": True}
+    return workshop.train("checkpointed_reentrant", gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
+
+
+@job
+def packed(workshop: Workshop, runs: Runs) -> Path:
+    return workshop.train("packed", sample_packing=True, pad_to_sequence_len=True, max_steps=2)
+
+
+@job
+def lora(workshop: Workshop, runs: Runs) -> Path:
+    return workshop.train("lora", adapter="lora", lora_r=16, **KERNELS_OFF)
+
+
+@job
+def lora_evaluated(workshop: Workshop, runs: Runs) -> Result:
+    adapter = runs.get("lora")
+    held_out = [{"path": str(workshop.chains), "type": "axolotl_mote.chain", "ds_type": "json", "split": "train"}]
+    changes = {"adapter": "lora", "lora_r": 16, **KERNELS_OFF}
+    return workshop.run("evaluate", "lora_evaluated", lora_model_dir=str(adapter), test_datasets=held_out, **changes)
+
+
+@job
+def inference_refused(workshop: Workshop, runs: Runs) -> Result:
+    return workshop.run("inference", "inference_refused")
+
+
+@job
+def merge_refused(workshop: Workshop, runs: Runs) -> Result:
+    return workshop.run("merge-lora", "merge_refused", lora_model_dir=str(runs.get("reference")))
+
+
+@job
+def kernel_refused(workshop: Workshop, runs: Runs) -> Result:
+    return workshop.run("train", "kernel_refused", lora_mlp_kernel=True)
+
+
+@job
+def bad_rows(workshop: Workshop, runs: Runs) -> Result:
+    path = workshop.folder / "bad.jsonl"
+    good = workshop.chains.read_text(encoding="utf-8").splitlines()[0]
+    path.write_text(f'{good}\n{good}\n{{"messages": []}}\n{{oops\n', encoding="utf-8")
+    return workshop.run("train", "bad_rows", datasets=[{"path": str(path), "type": "axolotl_mote.chain"}])
+
+
+@job
+def four_bit(workshop: Workshop, runs: Runs) -> Result:
+    return workshop.run("train", "four_bit", load_in_4bit=True, max_steps=1)
+
+
+KERNELS_OFF = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)

@@ -1,0 +1,200 @@
+"""`axolotl preprocess`, `train` and `evaluate` in one process; what they print, save and refuse."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from .compare import largest_difference
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def logged(log: str, key: str) -> list[float]:
+    """Every value that was logged under a key."""
+    return [float(value) for value in re.findall(rf"'{re.escape(key)}': '?([-+\w.]+)", log)]
+
+
+def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    args = [sys.executable, "-c", code]
+    return subprocess.run(args, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
+# --- train ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("reference")
+def test_smoke_train(runs: Any, workshop: Any) -> None:
+    adapter = runs.get("reference")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "MOTE"
+    assert config["steps"] == ["analysis", "guidance", "response"]
+    assert config["marker_ids"] == list(range(49152, 49158))
+    log = (workshop.folder / "reference" / "train.log").read_text(encoding="utf-8")
+    losses = logged(log, "loss")
+    assert len(losses) == 6
+    assert all(10 < loss < 11.5 for loss in losses)  # ln(49152) = 10.80 for a random model
+    assert losses[-1] < losses[0]
+    for step in ("analysis", "guidance", "response"):
+        assert len(logged(log, f"loss/{step}")) >= 3
+        assert sum(logged(log, f"tokens/{step}")) > 100
+    assert logged(log, "loss") != logged(log, "loss/response")
+
+
+@pytest.mark.needs("reference")
+def test_the_adapter_holds_lora_and_marker_rows_only(runs: Any) -> None:
+    tensors = adapter_of(runs.get("reference"))
+    rows = {name: tensor.shape for name, tensor in tensors.items() if "lora_marker_rows" in name}
+    assert sorted(rows) == [
+        "base_model.model.lm_head.lora_marker_rows.weight",
+        "base_model.model.model.embed_tokens.lora_marker_rows.weight",
+    ]
+    assert set(rows.values()) == {(6, 64)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in rows}
+    assert len(rest) == 2 * 2 * 7  # A and B, two layers of seven linear modules
+    for name, tensor in rest.items():
+        assert re.search(r"layers\.\d\..*_proj\.lora_[AB]\.weight$", name)
+        assert tensor.shape[0 if "lora_A" in name else 1] == 16  # four experts of rank 4
+        assert tensor.dtype == torch.float32
+        if "lora_B" in name:  # B starts as zero: every expert has learnt something
+            assert all(float(block.norm()) > 0 for block in tensor.split(4, dim=1)), name
+
+
+@pytest.mark.needs("reference")
+def test_the_adapter_loads_with_peft(runs: Any, tiny_model: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import axolotl_mote  # noqa: F401
+
+    adapter = runs.get("reference")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokens = torch.tensor([[1, 500, 600, 49152, 700, 49153, 49156, 800, 49157, 2]])
+    question = base(tokens[:, :3]).logits
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    loaded = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    for name, tensor in adapter_of(adapter).items():
+        assert torch.equal(loaded[re.sub(r"\.weight$", ".default.weight", name)], tensor), name
+    logits = model(tokens).logits
+    assert logits.shape[-1] == 49158
+    assert torch.isfinite(logits[..., 49152:]).all()
+    assert not torch.allclose(logits[:, :3, :49152], question, atol=1e-3)
+
+
+@pytest.mark.needs("reference")
+def test_without_the_package_it_fails_loudly(runs: Any, tiny_model: Path, tmp_path: Path) -> None:
+    code = (
+        "from peft import PeftModel; from transformers import AutoModelForCausalLM; "
+        f"base = AutoModelForCausalLM.from_pretrained({str(tiny_model)!r}); "
+        f"PeftModel.from_pretrained(base, {str(runs.get('reference'))!r})"
+    )
+    done = python(code, tmp_path)
+    assert done.returncode != 0
+    assert re.search(r"(KeyError|ValueError).*MOTE", done.stderr), done.stderr[-1000:]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from axolotl_mote import MoteConfig",
+        "from axolotl_mote import step_ids_from_tokens",
+        "import axolotl_mote, peft",
+        "import peft, axolotl_mote",
+    ],
+)
+def test_importing_the_package_in_any_order_registers_the_type(code: str, tmp_path: Path) -> None:
+    check = "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as t; assert t['MOTE'].__name__ == 'MoteModel'"
+    done = python(f"{code}; {check}", tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.needs("reference", "checkpointed", "checkpointed_reentrant")
+@pytest.mark.parametrize("kind", ["checkpointed", "checkpointed_reentrant"])
+def test_gradient_checkpointing_changes_nothing(runs: Any, kind: str) -> None:
+    assert largest_difference(runs.get("reference"), runs.get(kind)) < 1e-5
+
+
+@pytest.mark.needs("packed")
+def test_sample_packing(runs: Any, workshop: Any) -> None:
+    adapter = runs.get("packed")
+    log = (workshop.folder / "packed" / "train.log").read_text(encoding="utf-8")
+    assert len(logged(log, "loss")) == 2
+    assert all(10 < loss < 11.5 for loss in logged(log, "loss"))
+    assert logged(log, "tokens/analysis")[0] > 0
+    assert len(adapter_of(adapter)) == 30
+
+
+@pytest.mark.needs("four_bit")
+def test_a_4bit_base_is_quantized_or_refused(runs: Any, workshop: Any) -> None:
+    result = runs.get("four_bit")
+    if result.returncode:
+        assert re.search(r"load_in_4bit must .*", result.log), result.log[-3000:]
+    else:
+        assert "bitsandbytes" in result.log or "4bit" in result.log
+
+
+# --- evaluate and preprocess ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("reference", "evaluated")
+def test_evaluate(runs: Any) -> None:
+    log = runs.get("evaluated").ok().log
+    (loss,) = set(logged(log, "eval_loss"))
+    steps = [logged(log, f"eval_loss/{step}")[0] for step in ("analysis", "guidance", "response")]
+    assert min(steps) <= loss <= max(steps) or abs(loss - steps[-1]) < 0.2
+    assert 9 < loss < 10.9
+    assert logged(log, "eval_tokens/response")[0] > logged(log, "eval_tokens/guidance")[0] > 0
+
+
+@pytest.mark.needs("lora", "lora_evaluated")
+def test_plain_lora_is_a_baseline_on_the_same_chains(runs: Any, workshop: Any) -> None:
+    adapter = runs.get("lora")
+    assert json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"] == "LORA"
+    log = (workshop.folder / "lora" / "train.log").read_text(encoding="utf-8")
+    assert len(logged(log, "loss")) == 6
+    assert sum(logged(log, "tokens/analysis")) > 100
+    log = runs.get("lora_evaluated").ok().log
+    assert 9 < logged(log, "eval_loss")[0] < 10.9
+    assert logged(log, "eval_loss/guidance")
+
+
+@pytest.mark.needs("preprocessed")
+def test_preprocess_shows_the_routing(runs: Any) -> None:
+    log = runs.get("preprocessed").ok().log
+    assert "kept 12 of 12 chains; forms of all:" in log
+    assert "routing: question" in re.sub(r"\x1b\[[\d;]*m", "", log)
+    assert re.search(r"\x1b\[33m[^\x1b]*<\|analysis\|>", log)
+    assert re.search(r"\x1b\[32m[^\x1b]*<\|response\|>", log)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("reference", "inference_refused", "merge_refused", "kernel_refused", "bad_rows")
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("inference_refused", r"lora_model_dir must name a trained adapter for inference with adapter: mote; got none"),
+        ("merge_refused", r"merge_lora must not be set with adapter: mote; got True\. .*Use `axolotl mote export`"),
+        ("kernel_refused", r"lora_mlp_kernel must not be set with adapter: mote; got True\. The fused LoRA kernels"),
+        (
+            "bad_rows",
+            r"bad\.jsonl holds 3 faults; nothing was trained(?s:.)*row 2: id must be unique(?s:.)*row 4: the line",
+        ),
+    ],
+)
+def test_refused(runs: Any, run: str, message: str) -> None:
+    result = runs.get(run)
+    assert result.returncode != 0
+    assert re.search(message, result.log), result.log[-3000:]
