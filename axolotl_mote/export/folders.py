@@ -48,7 +48,9 @@ def write_adapter(
     )
     folder.mkdir(parents=True)
     lora.save_pretrained(folder)
-    save_file(build_adapter(tensors, plan), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = folder / "adapter_model.safetensors"
+    save_file(build_adapter(tensors, plan), weights, metadata={"format": "pt"})
+    weights.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors writes for the owner only
 
 
 def write_base(
