@@ -36,24 +36,33 @@ def __getattr__(name: str) -> Any:
 
 
 class _AfterPeft(MetaPathFinder, Loader):
-    """Registers the PEFT type MOTE as soon as peft is imported, so that importing this package costs nothing."""
+    """Registers the PEFT type MOTE as soon as peft is imported, so that importing this package costs nothing.
+
+    Where it is our own configuration that imports peft first, registering waits until that module is complete.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = {"peft", "axolotl_mote.config"}
+        self._loaders: dict[str, Loader] = {}
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != "peft":
+        if name not in self._waiting:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec("peft")
+        self._waiting.remove(name)
+        spec = find_spec(name)
         if spec is not None and spec.loader is not None:
-            self._loader, spec.loader = spec.loader, self
+            self._loaders[name], spec.loader = spec.loader, self
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
+        return self._loaders[spec.name].create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        import_module("axolotl_mote.adapter")
+        name = module.__name__
+        module.__loader__ = loader = self._loaders.pop(name)
+        loader.exec_module(module)
+        if name != "peft" or "axolotl_mote.config" not in sys.modules:
+            import_module("axolotl_mote.adapter")
 
 
 if "peft" in sys.modules:
