@@ -54,7 +54,7 @@ class MoteOptions(BaseModel):
             if step not in self.steps:
                 raise ValueError(f"mote.step_loss_weights must name steps of {self.steps}; got {step!r}. Rename it.")
         for step, weight in self.step_loss_weights.items():
-            if weight < 0:
+            if not 0.0 <= weight < float("inf"):
                 raise ValueError(f"mote.step_loss_weights must be 0 or more; got {weight} at {step!r}. Raise it.")
         if isinstance(self.step_dropout, dict):
             for step in self.step_dropout:

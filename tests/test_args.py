@@ -94,6 +94,8 @@ def test_a_bad_block_is_refused(block: dict[str, Any], message: str) -> None:
 def test_a_value_that_is_no_number_is_refused(key: str, value: float) -> None:
     with pytest.raises(ValidationError, match=key):
         MoteOptions(**{key: value})
+    with pytest.raises(ValidationError, match="step_loss_weights must be 0 or more"):
+        MoteOptions(step_loss_weights={"analysis": value})
 
 
 # --- what cannot be honoured ----------------------------------------------------------------------------------------
