@@ -16,7 +16,7 @@ sys.path.insert(0, str(DOCS))
 
 import draw  # noqa: E402
 
-from axolotl_mote.args import _PARALLEL, _REFUSED, MoteOptions  # noqa: E402
+from axolotl_mote.args import _REFUSED, _REFUSED_ABOVE_ONE, MoteOptions  # noqa: E402
 
 HEAD = """\
 # Configuration reference
@@ -100,7 +100,7 @@ def table_of(model: type[BaseModel]) -> str:
 def refused_table() -> str:
     rows = ["| key | why, and what to do instead |", "|---|---|"]
     rows += [f"| `{key}` | {remedy} |" for key, remedy in _REFUSED.items()]
-    keys = ", ".join(f"`{key}`" for key in _PARALLEL)
+    keys = ", ".join(f"`{key}`" for key in _REFUSED_ABOVE_ONE)
     rows.append(f"| {keys} above 1 | A split sequence or layer cannot be routed or masked. Use DeepSpeed ZeRO-3. |")
     return "\n".join(rows)
 
