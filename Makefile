@@ -90,8 +90,13 @@ compat-run: $(STAMP)
 	$(MAKE) --no-print-directory $(MODEL)/config.json
 	DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m smoke $(ARGS)
 
+SELFALIGN := outputs/selfalign
 selfalign: $(MODEL)/config.json ## Let the small model write its own chains and train on them
-	@echo "selfalign: the recipe is not written yet"; exit 2
+	$(BIN)/axolotl mote build example_configs/build_local.yml
+	$(BIN)/axolotl mote stats $(SELFALIGN)/data/chains.jsonl
+	$(BIN)/axolotl train example_configs/selfalign.yml
+	$(BIN)/axolotl mote generate --adapter $(SELFALIGN)/adapter \
+	  --input example_configs/data/hh_rlhf_questions_24.jsonl --output $(SELFALIGN)/answers.jsonl
 
 clean: ## Remove what runs leave behind; keeps .venv and models/
 	rm -rf outputs last_run_prepared build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
