@@ -447,6 +447,17 @@ def test_verify_full_length_equals_the_fixed_chain(mote):
         assert verified.check == "unsafe"
 
 
+def test_verify_stops_where_the_budget_ends(mote):
+    model, tokenizer = mote
+    chains = generate_chain(
+        model, tokenizer, QUESTIONS, "verify", max_new_tokens=8, batch_size=4, judge=lambda d, a: ["unsafe"] * len(d)
+    )
+    for chain in chains:
+        assert chain.valid
+        assert chain.verdict == "unsafe"
+        assert len(chain.token_ids) <= 8
+
+
 def test_verify_with_the_trained_check():
     model, tokenizer = tiny_mote((*STEPS, "check"))
     chains = generate_chain(model, tokenizer, QUESTIONS, "verify", max_new_tokens=60, batch_size=4)

@@ -11,7 +11,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from axolotl_mote.chain import end_of_turn_ids
-from axolotl_mote.generation.grammar import Plan, StepGrammar, make_budget
+from axolotl_mote.generation.grammar import Budget, Plan, StepGrammar, make_budget
 from axolotl_mote.generation.result import Chain, parse_chain
 from axolotl_mote.generation.vocabulary import StepVocabulary, special_ids, step_vocabulary
 
@@ -95,10 +95,7 @@ class Decoder:
             ValueError: If the budget is too small or a prompt too long for the model.
         """
         has_check = plan.last != plan.answer
-        verdicts = self.verdict_ids() if has_check else []
-        budget = make_budget(
-            plan, self.vocabulary, max_new_tokens - used, self.step_limits, max(map(len, verdicts), default=1), after
-        )
+        budget = self._budget(plan, max_new_tokens - used, after)
         input_ids, attention_mask = self._padded(prompts)
         self._check_length(input_ids.shape[1] + budget.total)
         grammar = StepGrammar(
@@ -110,7 +107,7 @@ class Decoder:
             stop_id=self.stop_id,
             after=after,
             num_tokens=len(self.tokenizer),
-            choices={plan.last: verdicts} if has_check else None,
+            choices={plan.last: self.verdict_ids()} if has_check else None,
         )
         output = self._generate(input_ids, attention_mask, grammar)
         return [
@@ -124,6 +121,18 @@ class Decoder:
             )
             for row in output[:, input_ids.shape[1] :].tolist()
         ]
+
+    def fits(self, plan: Plan, max_new_tokens: int, after: int, used: int) -> bool:
+        """Whether the budget leaves room for the shortest rest of a chain that is already `used` tokens long."""
+        try:
+            self._budget(plan, max_new_tokens - used, after)
+        except ValueError:
+            return False
+        return True
+
+    def _budget(self, plan: Plan, total: int, after: int) -> Budget:
+        longest = max(map(len, self.verdict_ids())) if plan.last != plan.answer else 1
+        return make_budget(plan, self.vocabulary, total, self.step_limits, longest, after)
 
     def _generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, grammar: StepGrammar) -> torch.Tensor:
         options = _NEUTRAL | dict(self.options)

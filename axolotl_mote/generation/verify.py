@@ -61,6 +61,10 @@ def verify_chains(
         names = [*vocabulary.reasoning[:depth], vocabulary.answer]
         plan = make_plan(names, vocabulary, check=own_check)
         done = max(0, depth - 1)
+        if depth:  # a chain that has no room for another step stays as it is, with its verdict
+            pending = [i for i in pending if decoder.fits(plan, max_new_tokens, done, len(kept[i]))]
+            if not pending:
+                break
         new = decoder.decode(
             [questions[i] + kept[i] for i in pending],
             plan,
