@@ -3,8 +3,9 @@
     python tests/bench/decode.py --model models/SmolLM2-135M-Instruct
     python tests/bench/decode.py --model models/SmolLM2-135M-Instruct --device cuda --dtype bfloat16
 
-Each variant generates the same number of tokens from the same prompts. Variants take turns within a repeat, so that a
-busy machine slows all of them; the table shows medians and the ratio to plain LoRA within each repeat.
+Each variant generates the same number of tokens from the same short prompts. Variants take turns within a repeat, and
+on the CPU one thread's CPU time is counted, so that a busy machine troubles none of them more than another; the table
+shows medians and the median of the ratios to plain LoRA within each repeat.
 """
 
 from __future__ import annotations
@@ -81,13 +82,15 @@ def generation(model: Any, ids: torch.Tensor, tokens: int, processors: Any = Non
 
 
 def seconds(call: Callable[[], None], device: torch.device) -> float:
-    """Wall time of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    """Time of one call: CPU time of this process on the CPU (one thread), wall time on a GPU."""
+    if device.type != "cuda":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    torch.cuda.synchronize()
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -103,6 +106,8 @@ def main(folder: str, device: str, dtype: str, rank: int, batches: tuple[int, ..
     """Print a Markdown table of tokens per second."""
     on = torch.device(device)
     torch.manual_seed(0)
+    if on.type != "cuda":
+        torch.set_num_threads(1)
 
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(on).eval()
@@ -110,7 +115,7 @@ def main(folder: str, device: str, dtype: str, rank: int, batches: tuple[int, ..
     tokenizer = with_markers(AutoTokenizer.from_pretrained(folder))
     plain = lora(base(), tokenizer, 4 * rank)
     mote = random_adapter(base(), tokenizer, r=rank, scale=0.05)
-    prompt = encode_question(tokenizer, [{"role": "user", "content": QUESTION}])
+    prompt = encode_question(tokenizer, [{"role": "user", "content": QUESTION}])[-12:]  # decoding counts, not prefill
     prompt += [mote.peft_config["default"].start_ids[0]]
     print(
         f"{Path(folder).name}, {dtype}, {device}, {torch.get_num_threads()} thread(s); prompt {len(prompt)}, ", end=""
