@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 
 from axolotl_mote.args import MoteOptions, check_config
+from axolotl_mote.host import compile_layers, let_cpu_processes_meet, prepare_base, quantize_through_model_kwargs
 from axolotl_mote.steps import markers
-
-LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
 
 CHAIN_TYPE = "axolotl_mote.chain"
 
@@ -32,7 +29,7 @@ class MotePlugin(BasePlugin):
         options = MoteOptions(**(cfg.get("mote") or {}))
         if cfg.get("adapter") == "mote":
             check_config(cfg)
-            _quantize_through_model_kwargs(cfg)
+            quantize_through_model_kwargs(cfg)
             if cfg.get("torch_compile") and options.compile != "off":
                 # Compiling layer by layer is as fast, starts sooner and never compiles the routing.
                 cfg["torch_compile"] = False
@@ -41,7 +38,7 @@ class MotePlugin(BasePlugin):
         extra = list(special.get("additional_special_tokens") or [])
         special["additional_special_tokens"] = extra + [text for text in markers(options.steps) if text not in extra]
         cfg["special_tokens"] = special
-        _let_cpu_processes_meet(bool(cfg.get("deepspeed")))
+        let_cpu_processes_meet(bool(cfg.get("deepspeed")))
 
     def get_input_args(self) -> str:
         """The schema of the `mote:` block."""
@@ -100,10 +97,10 @@ class MotePlugin(BasePlugin):
         from axolotl_mote.chain import marker_ids, marker_words
         from axolotl_mote.config import MoteConfig
 
+        options, tokenizer = _options(cfg), load_tokenizer(cfg)
         if model is not None:
             model.get_input_embeddings().num_embeddings = self._true_rows
-            model = _prepare_base(model, cfg)
-        options, tokenizer = _options(cfg), load_tokenizer(cfg)
+            model = prepare_base(model, cfg, options.dropout_probabilities)
         targets = list(cfg.lora_target_modules or [])
         if cfg.lora_target_linear and model is not None:
             targets = sorted({*targets, *find_all_linear_names(model)})
@@ -129,7 +126,14 @@ class MotePlugin(BasePlugin):
         if cfg.lora_model_dir:
             serving = bool(inference or cfg.inference)
             model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not serving, **kwargs)
-            config = model.peft_config["default"]
+            trained = model.peft_config["default"]
+            if (trained.steps, trained.marker_ids) != (config.steps, config.marker_ids):
+                raise ValueError(
+                    f"mote.steps and the tokenizer must be those of the adapter in {cfg.lora_model_dir}, "
+                    f"{trained.steps} with ids {trained.marker_ids}; got {config.steps} with {config.marker_ids}. "
+                    "Copy mote.steps from its adapter_config.json and set tokenizer_config to its folder."
+                )
+            config = trained
         else:
             # Loading the base model draws numbers, and not equally many under ZeRO-3: without this the fresh experts
             # would depend on how the run is launched.
@@ -147,9 +151,7 @@ class MotePlugin(BasePlugin):
             return
         wanted = _options(cfg).compile
         if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda"):
-            for layer in model.get_base_model().get_decoder().layers:
-                layer.compile(backend=cfg.torch_compile_backend or "inductor")
-            LOG.info("mote.compile: compiled each decoder layer on its own")
+            compile_layers(model, cfg.torch_compile_backend or "inductor")
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """The trainer with MoTE's loss, for `adapter: mote` and for chain data under another adapter."""
@@ -182,91 +184,3 @@ def _options(cfg: Any) -> MoteOptions:
     if isinstance(block, MoteOptions):
         return block
     return MoteOptions(**(block.to_dict() if hasattr(block, "to_dict") else dict(block)))
-
-
-def _quantize_through_model_kwargs(cfg: dict[str, Any]) -> None:
-    """Hand 4-bit and 8-bit loading to transformers; axolotl does so for the adapters that it knows by name only."""
-    if not (cfg.get("load_in_4bit") or cfg.get("load_in_8bit")):
-        return
-    if cfg.get("load_in_4bit"):
-        compute = "bfloat16" if cfg.get("bf16") else "float16" if cfg.get("fp16") else "float32"
-        quantization = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": compute,
-            **(cfg.get("bnb_config_kwargs") or {}),
-        }
-    else:
-        quantization = {"load_in_8bit": True}
-    quantization["quant_method"] = "bitsandbytes"
-    cfg["model_kwargs"] = {**(cfg.get("model_kwargs") or {}), "quantization_config": quantization}
-
-
-def _prepare_base(model: Any, cfg: Any) -> Any:
-    """Check the loaded base and choose its attention: refuse what is silently not as asked for."""
-    import torch
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    from axolotl_mote.attention import DENSE, check_attention, implementation_of
-
-    if cfg.load_in_4bit or cfg.load_in_8bit:
-        if getattr(model, "quantization_method", None) is None:
-            key = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit"
-            raise ValueError(f"{key} must quantize the base model; it was loaded in {model.dtype}. Remove the key.")
-        if not is_deepspeed_zero3_enabled():
-            from peft import prepare_model_for_kbit_training
-
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(cfg.gradient_checkpointing))
-    if any(_options(cfg).dropout_probabilities):
-        if torch.cuda.is_available() and implementation_of(model.config) in DENSE:
-            # A dense mask costs about half a training step more on a GPU; flex_attention costs nothing.
-            LOG.info("mote.step_dropout: %s -> flex_attention", implementation_of(model.config))
-            model.set_attn_implementation("flex_attention")
-        check_attention(model.config)
-        LOG.info("mote.step_dropout: hidden steps through %s", implementation_of(model.config))
-    return model
-
-
-def _let_cpu_processes_meet(deepspeed: bool) -> None:
-    """Let several processes on a machine without accelerator train together, over gloo.
-
-    accelerate leaves the back end empty there and then believes in a single process, and axolotl places the model of
-    every process on the accelerator of its local rank. Only such runs are touched.
-    """
-    import torch
-    from accelerate.state import DistributedType, PartialState
-
-    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return
-    prepare = PartialState._prepare_backend
-    if getattr(prepare, "_mote", False):
-        return
-    from axolotl.loaders.model import ModelLoader
-
-    place = ModelLoader._set_device_map_config
-
-    def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> Any:
-        backend, distributed_type = prepare(self, *args, **kwargs)
-        # Without the type the processes would meet but no gradient be averaged.
-        return (backend, distributed_type) if backend else ("gloo", DistributedType.MULTI_CPU)
-
-    def set_device_map_config(self: Any) -> None:
-        place(self)
-        if "device_map" in self.model_kwargs:
-            self.model_kwargs["device_map"] = {"": "cpu"}
-
-    if deepspeed:
-        from deepspeed.comm.torch import TorchBackend
-
-        gather = TorchBackend.all_gather_into_tensor
-
-        def all_gather_into_tensor(self: Any, output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            # gloo copies through views of the output, which autograd forbids while ZeRO-1 and 2 gather parameters.
-            return gather(self, output_tensor.detach(), input_tensor.detach(), *args, **kwargs)
-
-        TorchBackend.all_gather_into_tensor = all_gather_into_tensor
-
-    prepare_backend._mote = True  # type: ignore[attr-defined]
-    PartialState._prepare_backend = prepare_backend
-    ModelLoader._set_device_map_config = set_device_map_config

@@ -23,6 +23,7 @@ LAYERS = [
     "adapter",
     "chain",
     "trainer",
+    "host",
     "plugin",
     "generation",
     "export",
@@ -34,7 +35,7 @@ LAYERS = [
 ]
 """Bottom to top; a module may import those before it, never those after it."""
 
-TRAINING_ONLY = {"chain", "trainer", "plugin"}
+TRAINING_ONLY = {"chain", "trainer", "host", "plugin"}
 """Modules that may need axolotl. A serving environment has the package without it, so the rest must not."""
 
 HOST_PACKAGES = {"axolotl", "deepspeed", "trl"}
