@@ -283,10 +283,10 @@ def check_file(path: Path, steps: Sequence[str]) -> None:
                 f"{path} must be UTF-8; got another encoding at line {line}. Convert the file."
             ) from None
     else:
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            if line.strip():
+        for number, raw in enumerate(content.split(b"\n"), start=1):
+            if raw.strip():
                 try:
-                    rows.append((number, json.loads(line.decode("utf-8"))))
+                    rows.append((number, json.loads(raw.decode("utf-8"))))
                 except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     rows.append((number, error))
     if not rows:
