@@ -65,7 +65,7 @@ def base_model(family: str = "llama", attention: str = "sdpa") -> PreTrainedMode
 def mote_config(**kwargs: object) -> MoteConfig:
     """A small configuration over the tiny vocabulary."""
     values = {"r": 2, "lora_alpha": 4, "steps": STEPS, "marker_ids": MARKER_IDS, "target_modules": "all-linear"}
-    return MoteConfig(**{**values, "task_type": "CAUSAL_LM", **kwargs})
+    return MoteConfig(**{**values, **kwargs})
 
 
 def randomise(model: PeftModel, scale: float = 0.3) -> MoteModel:
