@@ -490,7 +490,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> Result:
             variant.times.append(milliseconds(variant.step, options.device))
             variant.prepare(0)  # gradients go before the next one's turn
         floor.append(milliseconds(work, options.device))
-        say(f"round {number + 1} of {options.rounds}")
+        took = ", ".join(f"{variant.name} {variant.times[-1]:,.0f}" for variant in variants)
+        say(f"round {number + 1} of {options.rounds}, ms: {took}")  # so that a run cut short is not lost
     tokens, expanded = (sum(b.input_ids.numel() for b in batches) for batches in (bench.batches, bench.expanded))
     new_graphs = counters["stats"]["unique_graphs"] - graphs
     return Result(variants, skipped, floor, formula, new_graphs, expanded / tokens, difference)
@@ -598,8 +599,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), help="default: smollm2 on the CPU, llama-3.1-8b on cuda")
     parser.add_argument("--layout", choices=["rows", "packed"], help="default: as the size has it")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: as the size has it")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--variants", default=",".join(SPECS), help="comma-separated; default: all")
     parser.add_argument("--compile-backend", default="inductor")
     parser.add_argument("--json", action="store_true", help="JSON on standard output, the table on standard error")
@@ -620,7 +621,7 @@ def main() -> int:
     progress = Console(stderr=True)
     result = run(options, progress.print)
     machine = describe_machine(options.device)
-    show(result, options, machine, progress if options.json else Console(width=160))
+    show(result, options, machine, Console(stderr=options.json, width=160))
     if options.json:
         print(json.dumps(as_json(result, options, machine), indent=2))
     return int(any(reason.startswith("failed") for reason in result.skipped.values()))
