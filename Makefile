@@ -22,7 +22,7 @@ export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart test test-fast check format docs bench gpu-bench gpu-check compat selfalign clean
+.PHONY: help venv model quickstart test test-fast check format docs bench gpu-bench decode-bench server-bench stats-bench gpu-check compat selfalign clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,6 +91,15 @@ compat-run: $(STAMP)
 	DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m smoke $(ARGS)
 
 SELFALIGN := outputs/selfalign
+decode-bench: $(MODEL)/config.json ## Decoding speed on the CPU: MoTE beside plain LoRA of the same total rank
+	$(BIN)/python tests/bench/decode.py --model $(MODEL) $(ARGS)
+
+server-bench: $(MODEL)/config.json ## Builds against a real server: 1 against 16 at a time, the server killed in the middle
+	$(BIN)/python tests/bench/server_build.py $(MODEL) $(ARGS)
+
+stats-bench: $(STAMP) ## Statistics of 6,000 chains: seconds and memory
+	$(BIN)/python tests/bench/statistics_speed.py
+
 selfalign: $(MODEL)/config.json ## Let the small model write its own chains and train on them
 	$(BIN)/axolotl mote build example_configs/build_local.yml
 	$(BIN)/axolotl mote stats $(SELFALIGN)/data/chains.jsonl

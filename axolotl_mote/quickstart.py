@@ -155,6 +155,9 @@ def report_command(output: Path) -> None:
     console.print()
     console.print(loss_table(evaluations[0], evaluations[-1]))
     weights = output / "adapter_model.safetensors"
+    from axolotl_mote.generation.showcase import show_answers  # imports torch
+
+    show_answers(output, max_new_tokens=120)
     console.print(f"\nAdapter   {output} ({weights.stat().st_size / 1e6:.0f} MB)")
     console.print(f"Next      {axolotl_command()} mote chat --adapter {output}\n", soft_wrap=True)
 
