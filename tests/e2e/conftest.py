@@ -6,17 +6,18 @@ import atexit
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -42,6 +43,7 @@ def environment() -> dict[str, str]:
         **inherited,
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "AXOLOTL_DO_NOT_TRACK": "1",
         "FORCE_COLOR": "1",
@@ -71,20 +73,19 @@ RUNNING: set[Command] = set()
 
 
 class Command:
-    """A running command in a process group of its own, so that nothing of it survives the test."""
+    """A running command; nothing that it started survives the test."""
 
     def __init__(self, args: list[Any], log: Path, cwd: Path) -> None:
-        self.log = log
+        self.log, self.token = log, uuid.uuid4().hex
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [str(x) for x in args],
                 cwd=cwd,
-                env=environment(),
+                env={**environment(), "MOTE_E2E_RUN": self.token},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
         RUNNING.add(self)
 
@@ -92,8 +93,11 @@ class Command:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """SIGKILL for the command and all that it started; torchrun's workers are in sessions of their own."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("MOTE_E2E_RUN") == self.token:
+                    process.kill()
         self.process.wait()
         RUNNING.discard(self)
 
@@ -199,7 +203,7 @@ class Workshop:
         """Train 3 steps, kill the processes after the checkpoint, resume and train 3 more."""
         if processes > 1:
             changes = {"micro_batch_size": 1, **changes}
-        changes |= {"save_strategy": "steps", "save_steps": 3}
+        changes |= {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 20}
         checkpoint = self.output(name) / "checkpoint-3"
         running = self.start("train", name, processes=processes, **{**changes, "max_steps": 60})
 
@@ -369,7 +373,7 @@ def inference_refused(workshop: Workshop, runs: Runs) -> Result:
 
 @job
 def merge_refused(workshop: Workshop, runs: Runs) -> Result:
-    return workshop.run("merge-lora", "merge_refused", lora_model_dir=str(runs.get("reference")))
+    return workshop.run("merge-lora", "merge_refused", lora_model_dir=str(workshop.folder))
 
 
 @job

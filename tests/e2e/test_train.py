@@ -181,7 +181,7 @@ def test_preprocess_shows_the_routing(runs: Any) -> None:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("reference", "inference_refused", "merge_refused", "kernel_refused", "bad_rows")
+@pytest.mark.needs("inference_refused", "merge_refused", "kernel_refused", "bad_rows")
 @pytest.mark.parametrize(
     ("run", "message"),
     [
@@ -190,7 +190,7 @@ def test_preprocess_shows_the_routing(runs: Any) -> None:
         ("kernel_refused", r"lora_mlp_kernel must not be set with adapter: mote; got True\. The fused LoRA kernels"),
         (
             "bad_rows",
-            r"bad\.jsonl holds 3 faults; nothing was trained(?s:.)*row 2: id must be unique(?s:.)*row 4: the line",
+            r"bad\.jsonl holds 4 faults; nothing was trained(?s:.)*row 2: id must be unique(?s:.)*row 4: the line",
         ),
     ],
 )
