@@ -17,6 +17,11 @@ IGNORE_INDEX = -100
 DEFAULT_STEPS = ("analysis", "guidance", "response")
 CHECK = "check"
 
+_RESERVED = {
+    QUESTION: "the tokens outside every step",
+    "messages": "the column of the dialogue",
+    "id": "the column of row ids",
+}
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 
 
@@ -51,8 +56,8 @@ def validate_steps(steps: Sequence[str]) -> tuple[str, ...]:
             raise ValueError(
                 f"mote.steps must hold lower-case names (letters, digits, underscore); got {step!r}. Rename the step."
             )
-        if step == QUESTION:
-            raise ValueError("mote.steps must not hold 'question'; it names the tokens outside every step. Rename it.")
+        if step in _RESERVED:
+            raise ValueError(f"mote.steps must not hold {step!r}; it names {_RESERVED[step]}. Rename the step.")
     if len(set(steps)) != len(steps):
         raise ValueError(f"mote.steps must not repeat a name; got {list(steps)}. Remove the duplicate.")
     if CHECK in steps[:-1]:

@@ -78,7 +78,7 @@ def test_bounds_are_inside(value: float) -> None:
         ({"steps": ["check"]}, r"mote\.steps must hold at least the answer step; got \['check'\]"),
         ({"steps": ["a", "a"]}, r"mote\.steps must not repeat a name; got \['a', 'a'\]\. Remove the duplicate\."),
         ({"steps": ["check", "response"]}, r"mote\.steps must hold 'check' only after the answer; got .* Move it"),
-        ({"steps": ["question", "response"]}, r"mote\.steps must not hold 'question'; .* Rename it\."),
+        ({"steps": ["question", "response"]}, r"mote\.steps must not hold 'question'; .* Rename the step\."),
         ({"steps": ["Analysis"]}, r"mote\.steps must hold lower-case names .*; got 'Analysis'\. Rename the step\."),
         ({"steps": ["a|>"]}, r"mote\.steps must hold lower-case names .*; got 'a\|>'\. Rename the step\."),
         ({"steps": ["a\n"]}, r"mote\.steps must hold lower-case names .*; got 'a\\n'"),
