@@ -13,7 +13,8 @@ plain LoRA does not train them.
 How: the frozen base weights exist once and every variant's model refers to them, so all variants fit side by side. They
 take turns round by round (A B C, C B A, ...), and the ratios are medians over rounds of the ratio within a round, so
 that what else the machine does hits all alike. Memory is what one step of a variant needs on its own: frozen weights,
-its adapter, and the peak above them.
+its adapter, and the peak above them. It is told on a GPU only: on the CPU the allocator keeps what
+earlier steps freed, and the resident size tells nothing.
 
 `expanded` is the paper's alternative to step skipping: the seven chains that a row stands for, as ordinary rows through
 MoTE without skipping. Its time is that of all seven, for the same original rows as everywhere else.
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import gc
 import importlib.util
 import itertools
@@ -383,39 +383,20 @@ def milliseconds(work: Callable[[], None], device: str) -> float:
     return (time.perf_counter() - before) * 1e3
 
 
-def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process in bytes (Linux)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition(f"{key}:")[2].split()[0]) * 1024
-
-
-def peak_bytes(work: Callable[[], None], device: str) -> int | None:
-    """Peak memory above what was held before; None where the system cannot tell."""
-    gc.collect()
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        return int(torch.cuda.max_memory_allocated()) - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory kept from earlier steps would be reused unseen
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the high-water mark back
-        before = resident("VmRSS")
-    except OSError:
-        work()
-        return None
-    work()
-    return max(0, resident("VmHWM") - before)
-
-
 def measure_memory(variant: Variant, bench: Bench) -> None:
-    """Memory of one step as if the variant were alone: frozen weights, adapter, peak above them."""
+    """Run one step; on a GPU note its memory as if the variant were alone: frozen weights, adapter, peak above them."""
     variant.prepare(0)
-    peak = peak_bytes(variant.step, bench.options.device)
+    if bench.options.device != "cuda":
+        variant.step()
+        return
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    variant.step()
     frozen = {id(p): p for p in bench.base.parameters()}.values()
     trained = [p for p in variant.model.parameters() if p.requires_grad]
-    if peak is not None:
-        variant.memory = (sum(p.nbytes for p in frozen) + sum(p.nbytes for p in trained) + peak) / 2**30
+    own = sum(p.nbytes for p in frozen) + sum(p.nbytes for p in trained)
+    variant.memory = (own + torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def matmul_floor(bench: Bench) -> tuple[Callable[[], None], str]:
