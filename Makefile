@@ -7,7 +7,7 @@ PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/ver
 VENV   ?= .venv
 # The release the tests run with. A looser range lets pip pick a CUDA build of several GB where a CPU build would do.
 TORCH  ?= torch==2.13.0
-EXTRAS ?= train,build,eval,dev
+EXTRAS ?= train,build,dev
 
 MODEL  := models/SmolLM2-135M-Instruct
 OUTPUT := outputs/quickstart
@@ -105,7 +105,7 @@ selfalign: $(MODEL)/config.json ## Let the small model write its own chains and 
 	$(BIN)/axolotl mote stats $(SELFALIGN)/data/chains.jsonl
 	$(BIN)/axolotl train example_configs/selfalign.yml
 	$(BIN)/axolotl mote generate --adapter $(SELFALIGN)/adapter \
-	  --input example_configs/data/hh_rlhf_questions_24.jsonl --output $(SELFALIGN)/answers.jsonl
+	  --input example_configs/data/hh_rlhf_questions_24.jsonl --output $(SELFALIGN)/answers.jsonl --overwrite --max-new-tokens 200
 
 clean: ## Remove what runs leave behind; keeps .venv and models/
 	rm -rf outputs last_run_prepared build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

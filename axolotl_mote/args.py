@@ -89,7 +89,7 @@ class MoteOptions(BaseModel):
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 _REFUSED: dict[str, str] = {
-    **dict.fromkeys(_KERNELS, "The fused LoRA kernels bypass the gate. Remove it; torch_compile gives the same speed."),
+    **dict.fromkeys(_KERNELS, "The fused LoRA kernels bypass the gate. Remove it; mote.compile compiles the layers instead."),
     "merge_lora": "Step-routed experts have no single merged weight. Use `axolotl mote export` instead of merge-lora.",
     "merge_method": "Step-routed experts have no single merged weight. Use `axolotl mote export`.",
     "relora": "Experts are never merged while training. Remove it.",

@@ -46,7 +46,7 @@ class MoteConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
-        self.task_type = self.task_type or "CAUSAL_LM"  # PEFT passes our forward by without one
+        self.task_type: str = getattr(self, "task_type", None) or "CAUSAL_LM"  # PEFT passes our forward by without one
         self.steps = list(validate_steps(self.steps))
         self.markers = list(self.markers) or markers(self.steps)
         if len(self.markers) != 2 * len(self.steps):
