@@ -95,10 +95,15 @@ class MarkerHead(_MarkerLayer):
             self.lora_marker_rows[adapter_name] = rows
         self._rows = [rows]  # in a list, so that tied rows are not registered, and saved, a second time
         self._width = max(marker_ids) + 1
+        contiguous = marker_ids == list(range(marker_ids[0], self._width))
+        self._follow_on_from = marker_ids[0] if contiguous else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits, (..., D) -> (..., max(V, last marker id + 1)); ids without a row anywhere get minus infinity."""
         logits: Tensor = self.base_layer(hidden)
+        markers = self._rows[0](hidden, as_head=True).to(logits.dtype)
+        if self._follow_on_from == logits.shape[-1]:
+            return torch.cat([logits, markers], dim=-1)  # the common case, with one copy instead of two
         if logits.shape[-1] < self._width:
             logits = F.pad(logits, (0, self._width - logits.shape[-1]), value=float("-inf"))
-        return logits.index_copy(-1, self.marker_ids, self._rows[0](hidden, as_head=True).to(logits.dtype))
+        return logits.index_copy(-1, self.marker_ids, markers)
