@@ -412,6 +412,27 @@ def test_parsing_of_plain_generation(mote, tokens, valid, response):
 # --- verify --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("gap", [" ", "\n"])
+def test_a_template_with_text_before_its_end_token(mote, gap):
+    """The space is ordinary text inside a step and ends the turn only after the answer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", f"{gap}<|im_end|>")
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    decoder = Decoder(mote[0], tokenizer)
+    assert decoder.stop_id == stop
+    ids = tokenizer.encode(f"<|response|>a{gap}b{gap}c<|/response|>{gap}<|im_end|>", add_special_tokens=False)
+    chain = parse_chain(ids, decoder.vocabulary, tokenizer, stop_ids={stop})
+    assert (chain.response, chain.finished) == (f"a{gap}b{gap}c", True)
+
+
+def test_a_blank_answer_is_not_finished(mote):
+    model, tokenizer = mote
+    ids = tokenizer.encode("<|response|> \n<|/response|>", add_special_tokens=False)
+    chain = parse_chain(ids, step_vocabulary(model, tokenizer), tokenizer)
+    assert chain.valid
+    assert not chain.finished
+
+
 def test_verify_lengthens_until_safe(mote):
     model, tokenizer = mote
     asked: list[tuple[int, int]] = []
@@ -445,6 +466,17 @@ def test_verify_full_length_equals_the_fixed_chain(mote):
         )
         assert verified.token_ids == fixed.token_ids
         assert verified.check == "unsafe"
+
+
+def test_verify_gives_a_row_its_budget_whatever_stands_beside_it(mote):
+    def verified(dialogues):
+        return generate_chain(
+            *mote, dialogues, "verify", max_new_tokens=40, batch_size=4, judge=lambda d, a: ["unsafe"] * len(d)
+        )
+
+    together = verified(QUESTIONS)
+    assert len({chain.token_counts["analysis"] for chain in together}) > 1
+    assert [chain.token_ids for chain in together] == [verified([d])[0].token_ids for d in QUESTIONS]
 
 
 def test_verify_stops_where_the_budget_ends(mote):

@@ -63,11 +63,12 @@ class Decoder:
 
     @property
     def stop_id(self) -> int:
-        """The token that stands after a complete chain: the template's end of turn, else end of sequence."""
-        ends = end_of_turn_ids(self.tokenizer)
-        if ends:
-            return int(ends[0])
-        return int(self.tokenizer.eos_token_id or 0)
+        """The token that ends a turn: the last of the template's end of turn, else end of sequence.
+
+        Some templates put ordinary text, a space or a line break, between the answer and it.
+        """
+        end = end_of_turn_ids(self.tokenizer)[-1]
+        return int(end if end is not None else 0)
 
     @property
     def pad_id(self) -> int:
@@ -89,7 +90,7 @@ class Decoder:
             plan: Which step may follow which.
             max_new_tokens: Tokens of the whole chain, markers and ``used`` included.
             after: Step that is complete at the end of every prompt; 0: none.
-            used: Tokens of the longest chain that the prompts already hold.
+            used: Tokens of the chain that every prompt already holds.
 
         Raises:
             ValueError: If the budget is too small or a prompt too long for the model.

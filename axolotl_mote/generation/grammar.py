@@ -28,9 +28,9 @@ _STEP_RESERVE = 32
 class Plan:
     """Which step may follow which.
 
-    For the steps analysis, guidance, response the adaptive plan is ``follows = ((1, 2, 3), (2, 3), (3,), ())``: row j
-    holds what may come after step j, row 0 what may open the chain. The fixed plan ["analysis", "response"] is
-    ``((1,), (3,), (), ())``.
+    For the steps analysis, guidance, response the adaptive plan is ``follows = ((1, 3), (2, 3), (3,), ())``: row j
+    holds what may come after step j, row 0 what may open the chain. A reasoning step may only follow the one directly
+    before it, as in the data. The fixed plan ["analysis", "response"] is ``((1,), (3,), (), ())``.
 
     Args:
         follows: Step ids that may follow each step, cheapest way to the end last.
@@ -67,10 +67,11 @@ def make_plan(steps: str | Sequence[str], vocabulary: StepVocabulary, check: boo
             "Train it with 'check' as the last step."
         )
     answer = vocabulary.step_id(vocabulary.answer)
+    follows: list[tuple[int, ...]]
     if isinstance(steps, str):
         if steps != ADAPTIVE:
             raise ValueError(f"steps must be 'adaptive', 'verify' or a list of step names; got {steps!r}. Pass a list.")
-        follows = [tuple(range(j + 1, answer + 1)) for j in range(answer)]
+        follows = [(j + 1, answer) if j + 1 < answer else (answer,) for j in range(answer)]
         chosen = tuple(range(1, answer + 1))
     else:
         chosen = _checked_ids(steps, vocabulary, answer)

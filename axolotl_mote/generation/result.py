@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from axolotl_mote.chain import end_of_turn_ids
 from axolotl_mote.generation.vocabulary import StepVocabulary
 from axolotl_mote.steps import CHECK
 
@@ -34,7 +35,8 @@ class Chain:
         texts: Text of each step of the chain, in order.
         token_counts: Tokens of each step, its two markers not counted.
         answer_step: Name of the step the user sees.
-        finished: Whether the model itself ended the answer; False if it was cut at a limit or the chain is invalid.
+        finished: Whether the model itself ended the answer; False if it was cut at a limit, is blank, or the chain is
+            invalid.
         truncated: Steps that were closed because a limit or the budget was used up.
         valid: Whether the tokens form a chain: known steps in order, each closed, nothing between them, one answer.
         vocabulary: The steps of the model.
@@ -129,7 +131,8 @@ def parse_chain(
     """Read a chain off generated token ids.
 
     Args:
-        ids: Tokens after the question. Reading stops at the first stop id that stands outside a step.
+        ids: Tokens after the question. Reading stops at the first stop id, and where the template's end of turn
+            begins after the answer.
         vocabulary: The steps and their markers.
         tokenizer: Decodes the text of a step.
         stop_ids: End-of-turn and padding.
@@ -139,7 +142,8 @@ def parse_chain(
     Returns:
         The chain. Invalid ones are returned as far as they can be read, with ``valid`` and ``finished`` False.
     """
-    reader = _Reader(vocabulary, frozenset(stop_ids), must_close)
+    turn_end = end_of_turn_ids(tokenizer)[0]  # can be ordinary text: a space before the token that ends the turn
+    reader = _Reader(vocabulary, frozenset(stop_ids), turn_end, must_close)
     for token in ids:
         if not reader.read(int(token)):
             break
@@ -152,7 +156,7 @@ def parse_chain(
         texts=texts,
         token_counts={name: len(text) for name, text in reader.texts.items()},
         answer_step=answer,
-        finished=valid and wanted <= set(texts) and answer not in reader.truncated,
+        finished=valid and wanted <= set(texts) and answer not in reader.truncated and bool(texts[answer].strip()),
         truncated=tuple(reader.truncated),
         valid=valid,
         vocabulary=vocabulary,
@@ -165,11 +169,17 @@ class _Reader:
     """Walks over token ids and keeps the text of each step."""
 
     def __init__(
-        self, vocabulary: StepVocabulary, stop_ids: frozenset[int], must_close: Callable[[int, int, int], bool] | None
+        self,
+        vocabulary: StepVocabulary,
+        stop_ids: frozenset[int],
+        turn_end: int,
+        must_close: Callable[[int, int, int], bool] | None,
     ) -> None:
         self.kinds = vocabulary.kinds()
         self.names: Sequence[str] = vocabulary.steps
+        self.answer = vocabulary.answer
         self.stop_ids = stop_ids
+        self.turn_end = turn_end
         self.must_close = must_close
         self.texts: dict[str, list[int]] = {}
         self.truncated: list[str] = []
@@ -183,6 +193,8 @@ class _Reader:
         """Take one token; False once the turn is over."""
         kind = self.kinds.get(token, 0)
         if token in self.stop_ids and not kind:
+            return False
+        if token == self.turn_end and not self._open and self.answer in self.texts:
             return False
         if kind > 0:
             self.valid &= not self._open and kind > self._last

@@ -65,16 +65,12 @@ def verify_chains(
             pending = [i for i in pending if decoder.fits(plan, max_new_tokens, done, len(kept[i]))]
             if not pending:
                 break
-        new = decoder.decode(
-            [questions[i] + kept[i] for i in pending],
-            plan,
-            max_new_tokens,
-            after=done,
-            used=max(len(kept[i]) for i in pending),
-        )
-        chains = [
-            _joined(results[i], chain, vocabulary.reasoning[:done]) for i, chain in zip(pending, new, strict=True)
-        ]
+        new: dict[int, Chain] = {}
+        for used in sorted({len(kept[i]) for i in pending}):  # a row's budget does not depend on the rows beside it
+            rows = [i for i in pending if len(kept[i]) == used]
+            prompts = [questions[i] + kept[i] for i in rows]
+            new |= zip(rows, decoder.decode(prompts, plan, max_new_tokens, after=done, used=used), strict=True)
+        chains = [_joined(results[i], new[i], vocabulary.reasoning[:done]) for i in pending]
         verdicts = _verdicts(chains, None if own_check else judge, [dialogues[i] for i in pending])
         for i, chain, verdict in zip(pending, chains, verdicts, strict=True):
             results[i] = _with_attempt(results[i], chain, verdict)
