@@ -89,7 +89,9 @@ class MoteOptions(BaseModel):
 _KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 _REFUSED: dict[str, str] = {
-    **dict.fromkeys(_KERNELS, "The fused LoRA kernels bypass the gate. Remove it; mote.compile compiles the layers instead."),
+    **dict.fromkeys(
+        _KERNELS, "The fused kernels bypass the gate. Remove it; mote.compile compiles the layers instead."
+    ),
     "merge_lora": "Step-routed experts have no single merged weight. Use `axolotl mote export` instead of merge-lora.",
     "merge_method": "Step-routed experts have no single merged weight. Use `axolotl mote export`.",
     "relora": "Experts are never merged while training. Remove it.",
@@ -131,7 +133,23 @@ class MoteArgs(BaseModel):
     def _refuse_what_cannot_be_honoured(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("adapter") == "mote":
             check_config(data)
+        elif isinstance(data, dict):
+            check_baseline(data)
         return data
+
+
+def check_baseline(cfg: dict[str, Any]) -> None:
+    """Refuse options of `mote:` that another adapter would ignore; steps and loss weights hold for every adapter.
+
+    Raises:
+        ValueError: Naming the key and the way out.
+    """
+    for key in ("expert_weight", "question_routing", "step_dropout", "compile"):
+        if key in (cfg.get("mote") or {}):
+            raise ValueError(
+                f"mote.{key} must not be set with adapter: {cfg.get('adapter')}, which would ignore it. Remove it, or "
+                "set adapter: mote."
+            )
 
 
 def check_config(cfg: dict[str, Any]) -> None:

@@ -15,16 +15,18 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.flash_attention import get_target_dtype
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from axolotl_mote.masks import Segments, Visibility, dense_mask, flex_mask, varlen_segments
 
 DENSE = ("sdpa", "eager")
 FLEX = ("flex_attention",)
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4", *FLASH_ATTN_KERNEL_FALLBACK.values())
+"""With flash-attn installed, and the hub kernels that transformers puts in its place."""
 VARLEN = "mote_varlen"
 """Our own implementation: torch's varlen_attn on CUDA, a loop over segments elsewhere; sdpa without hidden steps."""
 
@@ -55,8 +57,31 @@ def implementation_of(config: PretrainedConfig) -> str:
     return str(config.get_text_config()._attn_implementation)
 
 
+def prepare_attention(model: PreTrainedModel) -> None:
+    """Refuse a model that would let hidden steps through, and make its flash kernel, if any, take segments.
+
+    Raises:
+        ValueError: If the attention implementation has no rendering.
+        NotImplementedError: If a layer does not attend, or attends in a way that has no rendering.
+    """
+    check_attention(model.config)
+    layers = model.get_decoder().layers
+    if getattr(model, "_is_stateful", False) or not all(_attends(layer) for layer in layers):
+        raise NotImplementedError(
+            f"mote.step_dropout must run on models that only attend; {type(model).__name__} also carries a state, "
+            "which no mask hides. Set mote.step_dropout: 0."
+        )
+    name = implementation_of(model.config)
+    if name in FLASH and not hasattr(ALL_ATTENTION_FUNCTIONS[name], "takes_segments"):
+        AttentionInterface.register(name, _with_segments(ALL_ATTENTION_FUNCTIONS[name], flash=True))
+
+
+def _attends(layer: nn.Module) -> bool:
+    return any(hasattr(module, "is_causal") for module in layer.modules())
+
+
 def check_attention(config: PretrainedConfig) -> None:
-    """Refuse what would ignore the rule, before the first step.
+    """Refuse an implementation or a kind of layer that would ignore the rule.
 
     Raises:
         ValueError: If the attention implementation has no rendering.
@@ -83,6 +108,7 @@ def render(visibility: Visibility, config: PretrainedConfig, dtype: torch.dtype)
     Returns:
         A mask, a dict of masks by layer type for models that mix windows, or Segments for flash attention.
     """
+    check_attention(config)
     implementation = implementation_of(config)
     if implementation in (*FLASH, VARLEN):
         return varlen_segments(visibility)
@@ -179,6 +205,7 @@ def _by_segment(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, H, D)
     q, k, v = q[segments.queries], k[segments.keys], v[segments.keys]
     config = cast(PretrainedConfig, module.config)
+    dtype = get_target_dtype(q, module)  # the kernels know neither float32 nor autocast
     scale = kwargs.get("scaling")
     window = kwargs.get("sliding_window")
     softcap = kwargs.get("softcap")
@@ -198,7 +225,7 @@ def _by_segment(
             cu_seq_lens_k=segments.key_starts,
             max_length_q=segments.max_queries,
             max_length_k=segments.max_keys,
-            target_dtype=config.dtype if q.dtype == torch.float32 else None,
+            target_dtype=dtype,
             attn_implementation=config._attn_implementation,
         )[0]
     else:
@@ -207,6 +234,8 @@ def _by_segment(
                 f"attn_implementation {VARLEN!r} must not meet soft-capped attention; got softcap {softcap}. "
                 "Use flex_attention or flash_attention_2."
             )
+        if q.is_cuda and dtype is not None:
+            q, k, v = (x.to(dtype) for x in (q, k, v))
         out = segment_attention(q, k, v, segments, width**-0.5 if scale is None else scale, window)
     result: Tensor = out[segments.inverse].unflatten(0, (batch, length))
     return result
@@ -225,6 +254,7 @@ def _with_segments(original: Callable[..., Any], flash: bool) -> Callable[..., A
             return result
         return _by_segment(module, query, key, value, holder.segments, flash, kwargs), None
 
+    attention.takes_segments = True  # type: ignore[attr-defined]
     return attention
 
 

@@ -39,13 +39,13 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
     """
     import torch
 
-    from axolotl_mote.attention import DENSE, check_attention, implementation_of
+    from axolotl_mote.attention import DENSE, implementation_of, prepare_attention
 
     if cfg.load_in_4bit or cfg.load_in_8bit:
         if getattr(model, "quantization_method", None) is None:
             key = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit"
             raise ValueError(f"{key} must quantize the base model; it was loaded in {model.dtype}. Remove the key.")
-        if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # not split by ZeRO-3
+        if not partitioned(model):
             from peft import prepare_model_for_kbit_training
 
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(cfg.gradient_checkpointing))
@@ -54,9 +54,14 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
             # A dense mask costs about half a training step more on a GPU; flex_attention costs nothing.
             LOG.info("mote.step_dropout: %s -> flex_attention", implementation_of(model.config))
             model.set_attn_implementation("flex_attention")
-        check_attention(model.config)
+        prepare_attention(model)
         LOG.info("mote.step_dropout: hidden steps through %s", implementation_of(model.config))
     return model
+
+
+def partitioned(model: Any) -> bool:
+    """Whether DeepSpeed ZeRO-3 has split the model's parameters over the ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def compile_layers(model: Any, backend: str) -> None:

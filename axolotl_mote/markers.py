@@ -55,6 +55,12 @@ class _MarkerLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
+    def _ids(self, device: torch.device) -> Tensor:
+        """Ids of the markers on a device; nothing else moves them where the model was placed before the adapter."""
+        if self.marker_ids.device != device:
+            self.marker_ids = self.marker_ids.to(device)
+        return self.marker_ids
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Step-routed experts have no single merged weight."""
         refuse_merge()
@@ -70,7 +76,7 @@ class MarkerEmbedding(_MarkerLayer):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embed tokens, (B, T) -> (B, T, D), in the dtype of the base table."""
-        one_hot = input_ids.unsqueeze(-1) == self.marker_ids  # (B, T, 2S)
+        one_hot = input_ids.unsqueeze(-1) == self._ids(input_ids.device)  # (B, T, 2S)
         is_marker = one_hot.any(-1)
         embedded: Tensor = self.base_layer(input_ids.masked_fill(is_marker, 0))
         rows = self.lora_marker_rows[self.adapter_name](one_hot.to(embedded.dtype), as_head=False)
@@ -106,4 +112,4 @@ class MarkerHead(_MarkerLayer):
             return torch.cat([logits, markers], dim=-1)  # the common case, with one copy instead of two
         if logits.shape[-1] < self._width:
             logits = F.pad(logits, (0, self._width - logits.shape[-1]), value=float("-inf"))
-        return logits.index_copy(-1, self.marker_ids, markers)
+        return logits.index_copy(-1, self._ids(logits.device), markers)

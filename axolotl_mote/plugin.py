@@ -8,7 +8,13 @@ from typing import Any
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 
 from axolotl_mote.args import MoteOptions, check_config
-from axolotl_mote.host import compile_layers, let_cpu_processes_meet, prepare_base, quantize_through_model_kwargs
+from axolotl_mote.host import (
+    compile_layers,
+    let_cpu_processes_meet,
+    partitioned,
+    prepare_base,
+    quantize_through_model_kwargs,
+)
 from axolotl_mote.steps import markers
 
 CHAIN_TYPE = "axolotl_mote.chain"
@@ -150,7 +156,8 @@ class MotePlugin(BasePlugin):
         if cfg.adapter != "mote" or cfg.inference:
             return
         wanted = _options(cfg).compile
-        if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda"):
+        # ZeRO-3 hooks into every layer after this. Whether compiled layers bear it is untested: only when asked for.
+        if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda" and not partitioned(model)):
             compile_layers(model, cfg.torch_compile_backend or "inductor")
 
     def get_trainer_cls(self, cfg: Any) -> type | None:

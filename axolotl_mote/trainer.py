@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from axolotl_mote.adapter import mote_model
 from axolotl_mote.config import MoteConfig
@@ -33,17 +32,21 @@ class MoteTrainer(AxolotlTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # True makes the host hand num_items_in_batch over and leave the loss alone.
-        self.model_accepts_loss_kwargs = True
+        # With a loss function of its own the host leaves the loss alone, on every version of axolotl.
+        self.compute_loss_func = self._weighted_loss
         self._mote = mote_model(self.model)
         self._sums: dict[str, Tensor] = {}
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """Total weight of the accumulation window over all ranks, a scalar tensor."""
+        """Total weight of the accumulation window over all ranks, a scalar tensor.
+
+        Evaluation counts on this rank alone: ranks may hold different numbers of batches and would wait for each
+        other.
+        """
         total = torch.zeros((), device=device)
         for batch in batch_samples:
             total += self._weights(batch)[0].sum().to(device)
-        return self.accelerator.reduce(total, reduction="sum")
+        return self.accelerator.reduce(total, reduction="sum") if self.model.training else total
 
     def _weights(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, targets and their steps for a batch, each of shape (B, T)."""
@@ -58,31 +61,34 @@ class MoteTrainer(AxolotlTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Weighted loss of one micro-batch, scaled so that the mean over ranks is the loss of the optimizer step.
-
-        Args:
-            model: The (wrapped) model.
-            inputs: `input_ids`, `labels` and what the collator adds.
-            return_outputs: Also return the model's outputs (without logits).
-            num_items_in_batch: Total weight over the window and all ranks; None counts this batch alone.
-        """
+        """Run one micro-batch; axolotl does what else it does, and the loss comes from ``_weighted_loss``."""
+        self._batch = self._weights(inputs)
         if self._mote is not None:
             self._mote.routing.step = self.state.global_step
-        weights, targets, steps = self._weights(inputs)
-        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+            inputs = {**inputs, "targets": self._batch[1]}
+        return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+
+    def _weighted_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Weighted loss of the current micro-batch, scaled so that the mean over ranks is the optimizer step's loss.
+
+        Args:
+            outputs: The model's; per-token losses from a MoTE model, logits from any other.
+            labels: Unused, the targets are already shifted.
+            num_items_in_batch: Total weight over the window and all ranks; evaluation counts its batch alone.
+        """
+        weights, targets, steps = self._batch
         if self._mote is not None:
-            losses = model(**inputs, targets=targets).loss
+            losses = outputs.loss
         else:
-            logits = model(**inputs).logits
-            losses = token_losses(logits, targets, nn.Identity(), logits.shape[-1])
-        self._count("train" if model.training else "eval", losses.detach(), weights, targets, steps)
-        if num_items_in_batch is None:
+            losses = token_losses(outputs.logits, targets, nn.Identity(), outputs.logits.shape[-1])
+        training = self.model.training
+        self._count("train" if training else "eval", losses.detach(), weights, targets, steps)
+        if num_items_in_batch is None or not training:
             total, ranks = weights.sum(), 1
         else:
             total, ranks = num_items_in_batch.to(losses.device), self.accelerator.num_processes
         # A window without any weight gives a zero that still has a gradient, so that no rank leaves the others waiting.
-        loss = (losses * weights).sum() * ranks / total.clamp(min=torch.finfo(torch.float32).tiny)
-        return (loss, CausalLMOutputWithPast(loss=loss)) if return_outputs else loss
+        return (losses * weights).sum() * ranks / total.clamp(min=torch.finfo(torch.float32).tiny)
 
     # --- metrics ----------------------------------------------------------------------------------------------------
 
@@ -96,10 +102,12 @@ class MoteTrainer(AxolotlTrainer):
 
     def _metrics(self, split: str) -> dict[str, float]:
         """Mean loss and token count by step since the last call, over all ranks."""
-        sums = self._sums.pop(split, None)
-        if sums is None:
-            return {}
+        # A rank without a batch must take part in the sum all the same.
+        empty = torch.zeros(4, self.chain_config.num_steps + 1, device=self.args.device)
+        sums = self._sums.pop(split, empty)
         losses, counts, weighted, weights = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if not sum(counts):
+            return {}
         metrics = {"weighted": sum(weighted) / sum(weights)} if sum(weights) else {}
         for number, step in enumerate(self.chain_config.steps, start=1):
             if counts[number]:

@@ -265,6 +265,12 @@ def test_spare_rows_of_a_padded_table_are_overlaid() -> None:
     assert torch.isfinite(logits).all()
 
 
+def test_marker_ids_follow_the_tokens_device() -> None:
+    """Where the base was placed before the adapter was added, nothing else moves the buffer."""
+    model = add_mote_adapter(base_model().to("meta"), mote_config())
+    assert model(input_ids=torch.zeros(1, 3, dtype=torch.long, device="meta")).logits.device.type == "meta"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base_and_autocast(dtype: torch.dtype) -> None:
     model = add_mote_adapter(base_model().to(dtype), mote_config())

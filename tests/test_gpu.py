@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_compile import packed
 
-from models import STEPS, mote, mote_model
+from models import STEPS, add_mote_adapter, base_model, chain, mote, mote_config, mote_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +54,14 @@ def test_loss_and_gradients_equal_float32_dense(attention: str, dtype: torch.dty
     assert (losses - exact_losses).norm() <= tolerance * exact_losses.norm()
     for found, exact in zip(gradients, exact_gradients, strict=True):
         assert (found - exact).norm() <= tolerance * 2 * exact.norm() + 1e-4
+
+
+@torch.no_grad()
+def test_an_adapter_on_a_model_that_is_on_the_gpu_already() -> None:
+    base = base_model().cuda()
+    model = add_mote_adapter(base, mote_config()).eval()
+    ids = torch.tensor([chain()], device="cuda")
+    assert model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4).shape[1] > ids.shape[1]
 
 
 def test_no_host_synchronisation_in_the_forward() -> None:

@@ -78,10 +78,18 @@ def trainer(weights: list[float], other_rank: float) -> MoteTrainer:
     made.accelerator = OneOfTwoRanks(other_rank)
     made.state = SimpleNamespace(global_step=3)
     made.chain_config, made.loss_weights = mote_config(), weights
-    made._sums = {}
-    model = mote(question_routing="mean")
+    made._sums, made.args = {}, SimpleNamespace(device="cpu")
+    model = mote(question_routing="mean").train()
     made.model, made._mote = model, model.base_model
     return made
+
+
+def loss_of(made: MoteTrainer, inputs: dict, total: torch.Tensor | None = None) -> torch.Tensor:
+    """What ``compute_loss`` does around the host's own part."""
+    made._batch = made._weights(inputs)
+    labels = inputs["labels"]
+    outputs = made.model(**{k: v for k, v in inputs.items() if k != "labels"}, targets=made._batch[1])
+    return made._weighted_loss(outputs, labels, num_items_in_batch=total)
 
 
 def batch(*rows: list[int]) -> dict[str, torch.Tensor]:
@@ -99,7 +107,7 @@ def test_loss_is_the_weighted_mean_over_the_whole_window_and_all_ranks() -> None
     window = [batch(chain(seed=1), chain(analysis=0, seed=2)), batch(chain(guidance=9, seed=3))]
     made = trainer(weights, other_rank=10.0)
     total = made._get_num_items_in_batch(window, torch.device("cpu"))
-    losses = [made.compute_loss(made.model, dict(micro), num_items_in_batch=total) for micro in window]
+    losses = [loss_of(made, micro, total) for micro in window]
 
     expected, weight_sum = 0.0, 0.0
     for micro in window:
@@ -125,7 +133,7 @@ def test_a_window_without_weight_gives_zero_with_a_gradient() -> None:
     micro = batch(chain())
     micro["labels"][:] = -100
     total = made._get_num_items_in_batch([micro], torch.device("cpu"))
-    loss = made.compute_loss(made.model, micro, num_items_in_batch=total)
+    loss = loss_of(made, micro, total)
     assert float(loss) == 0.0
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in made.model.parameters() if p.requires_grad)
@@ -133,8 +141,9 @@ def test_a_window_without_weight_gives_zero_with_a_gradient() -> None:
 
 def test_metrics_are_means_by_step() -> None:
     made = trainer([1.0, 1.0, 0.0, 1.0], other_rank=0.0)
-    made.compute_loss(made.model, batch(chain(seed=1), chain(seed=2)))
-    made.compute_loss(made.model, batch(chain(analysis=0, seed=3)))
+    made.model.eval()
+    loss_of(made, batch(chain(seed=1), chain(seed=2)))
+    loss_of(made, batch(chain(analysis=0, seed=3)))
     metrics = made._metrics("eval")
     assert [metrics[f"tokens/{step}"] for step in ("analysis", "guidance", "response")] == [12, 15, 24]
     assert set(metrics) == {"weighted", *(f"{k}/{s}" for k in ("loss", "tokens") for s in mote_config().steps)}

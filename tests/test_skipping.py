@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from axolotl_mote.adapter import add_mote_adapter, mote_model
-from axolotl_mote.attention import FLASH, check_attention
+from axolotl_mote.attention import FLASH, check_attention, prepare_attention
 from axolotl_mote.config import MoteConfig
 from axolotl_mote.routing import step_ids_from_tokens
 from models import FAMILIES, MARKER_IDS, STEPS, VOCABULARY, base_model, chain, mote, mote_config, randomise
@@ -284,6 +284,22 @@ def test_attention_that_would_ignore_the_mask_is_refused(name: str) -> None:
         check_attention(config)
 
 
+def test_models_that_carry_a_state_are_refused() -> None:
+    model = base_model()
+    prepare_attention(model)
+    model._is_stateful = True
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM also carries a state"):
+        prepare_attention(model)
+
+
+def test_an_unknown_implementation_is_refused_in_a_loop_of_ones_own() -> None:
+    model = mote("llama").train()
+    hide(model, (1,))
+    model.get_base_model().config._attn_implementation_internal = "sage"
+    with pytest.raises(ValueError, match="'sage', which would ignore the mask"):
+        model(input_ids=torch.tensor([ROWS[0]]))
+
+
 def test_unknown_layer_kinds_are_refused() -> None:
     config = base_model("qwen2").config
     config.layer_types = ["full_attention", "chunked_attention"]
@@ -304,7 +320,7 @@ def test_flash_functions_take_segments(monkeypatch: pytest.MonkeyPatch) -> None:
         return out[None]
 
     monkeypatch.setattr(attention, "_flash_attention_forward", kernel)
-    for name in FLASH:
+    for name in FLASH[:3]:
         model = mote("llama", question_routing="mean").train()
         model.base_model.model.config._attn_implementation_internal = name  # no flash kernel is installed here
         hide(model, (1,))
