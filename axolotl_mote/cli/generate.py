@@ -69,24 +69,23 @@ def command(
     from axolotl_mote.generation import jsonl
 
     with _usage_errors():
-        count = jsonl.check_questions(source, limit)
+        digests = jsonl.check_questions(source, limit)
         settings = sampling_arguments(**decoding) | {"step_limits": parse_limits(decoding["step_limit"])}
         settings |= {"max_new_tokens": decoding["max_new_tokens"], "num_beams": num_beams}
         seed = decoding["seed"] if decoding["sample"] else None
         fingerprint = run_fingerprint(adapter, base_model, dtype, settings, seed, batch_size, decoding["check"])
-        if overwrite:
-            output.unlink(missing_ok=True)
         model, tokenizer, vocabulary = _load(adapter, base_model, dtype, device)
         chosen = expand_modes(modes, vocabulary)
         _check_modes(chosen, vocabulary, decoding["check"])
-        with jsonl.Output(output, tuple(chosen), fingerprint) as out:
+        with jsonl.Output(output, tuple(chosen), fingerprint, digests, overwrite) as out:
             if out.resumed or out.torn:
                 click.echo(
                     f"{output} holds {out.resumed} answers{' and a torn line' if out.torn else ''}; continuing.",
                     err=True,
                 )
             runner = Runner(model, tokenizer, chosen, out, settings, seed, decoding["check"], fingerprint)
-            for window in _progress(jsonl.windows(jsonl.read_questions(source, limit), batch_size), count):
+            questions = jsonl.read_questions(source, limit)
+            for window in _progress(jsonl.windows(questions, batch_size), sum(map(bool, digests))):
                 runner.answer(window)
         _report(jsonl.summarize(output), as_json)
 
@@ -105,14 +104,18 @@ class Runner:
         check: bool,
         run: str,
     ) -> None:
+        from axolotl_mote.generation.vocabulary import step_vocabulary
+
         self.model, self.tokenizer, self.modes, self.out = model, tokenizer, modes, out
         self.settings, self.seed, self.check, self.run = settings, seed, check, run
+        self.vocabulary = step_vocabulary(model, tokenizer)
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def answer(self, window: Sequence[Question]) -> None:
         """Answer what is still missing of a window."""
         from axolotl_mote.generation.api import generate_chain
         from axolotl_mote.generation.jsonl import output_line
+        from axolotl_mote.generation.result import refused_row
 
         for mode, steps in self.modes.items():
             todo = [q for q in window if not self.out.holds(q.row, mode)]
@@ -129,7 +132,7 @@ class Runner:
                 **self.settings,
             )
             rows = {q.row: chain.to_row() for q, chain in zip(fitting, chains, strict=True)}
-            rows |= {row: {"error": fault, "finished": False} for row, fault in faults.items()}
+            rows |= {row: refused_row(self.vocabulary, fault) for row, fault in faults.items()}
             if todo:
                 self.out.append(output_line(q, mode, self.run, rows[q.row]) for q in todo)
 
@@ -182,10 +185,15 @@ def run_fingerprint(
     Greedy answers do not depend on the batch size, sampled ones do.
     """
     digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if (adapter / name).is_file():
-            with (adapter / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    if (adapter / "adapter_config.json").is_file():
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        for name in ("target_modules", "exclude_modules"):  # sets, which peft writes in any order
+            if isinstance(config.get(name), list):
+                config[name] = sorted(config[name])
+        digest.update(json.dumps(config, sort_keys=True).encode())
+    if (adapter / "adapter_model.safetensors").is_file():
+        with (adapter / "adapter_model.safetensors").open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     shape = [base_model, dtype, settings, seed, batch_size if seed is not None else None, check]
     digest.update(json.dumps(shape, sort_keys=True).encode())
     return digest.hexdigest()[:12]

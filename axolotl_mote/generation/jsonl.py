@@ -8,9 +8,11 @@ done again. Memory does not grow with the files. Nothing here knows about models
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -72,30 +74,36 @@ def _messages(row: int, value: Any) -> list[dict[str, str]]:
     return value
 
 
-def check_questions(path: Path, limit: int | None = None) -> int:
-    """Read the whole file once before any work is done; returns the number of questions.
+def check_questions(path: Path, limit: int | None = None) -> Sequence[int]:
+    """Read the whole file once before any work is done; returns the digest of each row's dialogue, 0 for blank rows.
 
     Raises:
         ValueError: Naming up to ten faulty rows at once.
     """
     faults: list[str] = []
-    count = 0
+    digests = array("Q")
     with path.open(encoding="utf-8") as file:
         for row, line in enumerate(file):
             if (limit is not None and row >= limit) or len(faults) == _FAULTS_SHOWN:
                 break
+            digests.append(0)
             if not line.strip():
                 continue
             try:
-                _question(row, line)
-                count += 1
+                digests[-1] = _digest(_question(row, line).messages)
             except ValueError as error:
                 faults.append(str(error))
     if faults:
         raise ValueError(f"{path} must hold one dialogue per line; got " + "; ".join(faults) + ". Correct these rows.")
-    if not count:
+    if not any(digests):
         raise ValueError(f"{path} must hold at least one question; got none. Add rows.")
-    return count
+    return digests
+
+
+def _digest(messages: Any) -> int:
+    """A number that stands for a dialogue, never 0."""
+    text = json.dumps(messages, sort_keys=True).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8]) or 1
 
 
 @dataclass
@@ -106,11 +114,16 @@ class Output:
         path: The file.
         modes: Names of the modes of this run, in order.
         run: Fingerprint of everything that shapes the answers; lines of another run are refused.
+        questions: What `check_questions` returned; answers to other questions are refused. Rows beyond it are not
+            checked.
+        overwrite: Empty the file, once it is locked, instead of continuing it.
     """
 
     path: Path
     modes: tuple[str, ...]
     run: str
+    questions: Sequence[int] = ()
+    overwrite: bool = False
     resumed: int = 0
     torn: bool = False
     _done: bytearray = field(default_factory=bytearray, repr=False)
@@ -128,6 +141,8 @@ class Output:
             ) from None
         self._file = file
         try:
+            if self.overwrite:
+                file.truncate(0)
             self._read_done()
         except BaseException:
             self.__exit__()
@@ -192,8 +207,18 @@ class Output:
                 f"output must come from the same adapter, steps and limits; {at} has run {run}, this is {self.run}. "
                 "Use another file, or --overwrite."
             )
-        if not isinstance(row, int) or row < 0 or mode not in self.modes or self.holds(row, mode):
+        if not isinstance(row, int) or row < 0 or mode not in self.modes:
+            raise ValueError(
+                f"output must hold only modes of this run, {', '.join(self.modes)}; got row {row!r} in mode {mode!r} "
+                f"at {at}. Name the same modes, use another file, or --overwrite."
+            )
+        if self.holds(row, mode):
             raise ValueError(f"output must answer each row once per mode; got row {row} {mode} again at {at}. Move it.")
+        if row < len(self.questions) and self.questions[row] != _digest(entry.get("messages")):
+            raise ValueError(
+                f"output must answer the questions of the input; row {row} now holds another one than {at}. "
+                "Restore the input, use another file, or --overwrite."
+            )
         self._mark(row, mode)
         self.resumed += 1
 
@@ -221,8 +246,8 @@ def windows(questions: Iterable[Question], size: int) -> Iterator[list[Question]
 def output_line(question: Question, mode: str, run: str, chain: dict[str, Any]) -> dict[str, Any]:
     """One output line: where it belongs, the chain, and the input's columns; those of the same name go to ``input``."""
     line: dict[str, Any] = {ROW: question.row, MODE: mode, RUN: run, "messages": question.messages} | chain
-    kept = {k: v for k, v in question.columns.items() if k not in line}
-    hidden = {k: v for k, v in question.columns.items() if k in line and k != "messages"}
+    kept = {k: v for k, v in question.columns.items() if k not in line and k != "input"}
+    hidden = {k: v for k, v in question.columns.items() if k not in kept and k != "messages"}
     return line | kept | ({"input": hidden} if hidden else {})
 
 
@@ -241,7 +266,7 @@ class ModeSummary:
     def add(self, line: dict[str, Any]) -> None:
         """Count one output line."""
         self.rows += 1
-        if "error" in line:
+        if line.get("error"):
             self.refused += 1
             return
         self.finished += bool(line["finished"])

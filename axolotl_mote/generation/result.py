@@ -100,23 +100,27 @@ class Chain:
         return {"role": "assistant", "content": self.answer}
 
     def to_row(self) -> dict[str, Any]:
-        """The chain as plain data: every trained step (null when absent), then what is known about it."""
+        """The chain as plain data: every trained step and ``check`` (null when absent), then what is known about it.
+
+        The keys are always the same, so that no column of a question passes for something generated.
+        """
         row: dict[str, Any] = {name: self.texts.get(name) for name in self.vocabulary.steps}
-        if self.check is not None:
-            row[CHECK] = self.check
-        row |= {
+        row[CHECK] = self.check
+        return row | {
             "steps": list(self.steps),
             "token_counts": dict(self.token_counts),
             "finished": self.finished,
             "truncated": list(self.truncated),
             "valid": self.valid,
             "spent": self.spent,
+            "attempts": [{"steps": list(a.steps), "verdict": a.verdict, "tokens": a.tokens} for a in self.attempts],
+            "error": None,
         }
-        if self.attempts:
-            row["attempts"] = [
-                {"steps": list(a.steps), "verdict": a.verdict, "tokens": a.tokens} for a in self.attempts
-            ]
-        return row
+
+
+def refused_row(vocabulary: StepVocabulary, error: str) -> dict[str, Any]:
+    """The row of a question that was not answered: that of an empty chain, with the reason."""
+    return Chain({}, {}, vocabulary.answer, False, (), False, vocabulary, ()).to_row() | {"error": error}
 
 
 def parse_chain(

@@ -50,7 +50,8 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_lines_hold_chain_and_input(folder, tmp_path):
-    source = write_questions(tmp_path / "q.jsonl", 5, response="the reference", topic="none")
+    theirs = {"response": "the reference", "check": "safe", "error": "of the source", "input": "x", "attempts": [1]}
+    source = write_questions(tmp_path / "q.jsonl", 5, topic="none", **theirs)
     run(folder, source, tmp_path / "out.jsonl", "--batch-size", "2")
     written = lines(tmp_path / "out.jsonl")
     assert [line["row"] for line in written] == list(range(5))
@@ -59,7 +60,10 @@ def test_lines_hold_chain_and_input(folder, tmp_path):
         assert line["mode"] == "adaptive"
         assert line["valid"]
         assert line["topic"] == "none"
-        assert line["input"] == {"response": "the reference"}
+        assert line["input"] == theirs
+        assert line["check"] != "safe" or "check" in line["steps"]
+        assert line["error"] is None
+        assert line["attempts"] == []
         assert line["response"] != "the reference"
         assert set(line["token_counts"]) == set(line["steps"])
         assert [name for name in (*STEPS, "check") if line[name] is not None] == line["steps"]
@@ -172,6 +176,46 @@ def test_other_settings_are_not_mixed_into_a_file(folder, tmp_path):
     assert len(lines(tmp_path / "out.jsonl")) == 2
 
 
+def test_answers_to_other_questions_are_refused(folder, tmp_path):
+    source, out = write_questions(tmp_path / "q.jsonl", 3), tmp_path / "out.jsonl"
+    run(folder, source, out)
+    rows = source.read_text().splitlines(keepends=True)
+    source.write_text("".join([*rows, rows[0]]))
+    run(folder, source, out)  # rows may be added
+    assert len(lines(out)) == 4
+    source.write_text("".join(reversed(rows)))
+    before = out.read_bytes()
+    assert "row 0 now holds another one" in run(folder, source, out, code=1).output
+    assert "only modes of this run" in run(folder, source, out, "--steps", "response", code=1).output
+    assert out.read_bytes() == before
+
+
+def test_overwrite_deletes_nothing_until_all_is_loaded(folder, tmp_path):
+    source, out = write_questions(tmp_path / "q.jsonl", 1), tmp_path / "out.jsonl"
+    run(folder, source, out)
+    before = out.read_bytes()
+    run(folder, source, out, "--overwrite", "--steps", "thinking,response", code=1)
+    run(folder, source, out, "--overwrite", "--base-model", str(tmp_path / "none"), code=1)
+    with jsonl.Output(out, ("adaptive",), lines(out)[0]["run"]):
+        run(folder, source, out, "--overwrite", code=1)
+    assert out.read_bytes() == before
+
+
+def test_the_fingerprint_ignores_the_order_of_target_modules(folder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "adapter")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["target_modules"].reverse()
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    settings = (None, "auto", {}, None, 8, False)
+    same = generate_module.run_fingerprint(folder, *settings)
+    assert generate_module.run_fingerprint(copy, *settings) == same
+    config["r"] += 1
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    assert generate_module.run_fingerprint(copy, *settings) != same
+
+
 def test_two_processes_do_not_share_a_file(folder, tmp_path):
     source = write_questions(tmp_path / "q.jsonl", 1)
     with jsonl.Output(tmp_path / "out.jsonl", ("adaptive",), "r"):
@@ -190,14 +234,17 @@ def test_faulty_rows_are_named_before_any_work(folder, tmp_path):
 
 def test_too_long_a_question_gets_its_own_refusal(folder, tmp_path):
     source = tmp_path / "q.jsonl"
-    rows = [{"prompt": "short"}, {"prompt": "long " * 1000}, {"prompt": "short again"}]
+    rows = [{"prompt": "short"}, {"prompt": "long " * 1000, "response": "reference"}, {"prompt": "short again"}]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = json.loads(run(folder, source, tmp_path / "out.jsonl", "--json").stdout)
     assert summary["adaptive"]["refused"] == 1
     written = lines(tmp_path / "out.jsonl")
     assert "4096" in written[1]["error"]
     assert not written[1]["finished"]
-    assert "error" not in written[2]
+    assert [written[1][name] for name in (*STEPS, "check")] == [None] * 4
+    assert written[1]["input"] == {"response": "reference"}
+    assert set(written[0]) == set(written[1]) - {"input"}
+    assert written[2]["error"] is None
 
 
 @pytest.mark.parametrize(
