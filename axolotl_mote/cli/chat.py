@@ -173,7 +173,9 @@ class ChatSession:
         from axolotl_mote.generation.streamer import StepStreamer
 
         self.messages.append({"role": "user", "content": text})
-        streamer = None if self.as_json else StepStreamer(self.tokenizer, self.vocabulary, self._show)
+        # In verify mode an answer may be rejected after it was written: only the final chain is shown.
+        streams = not self.as_json and self.steps != "verify"
+        streamer = StepStreamer(self.tokenizer, self.vocabulary, self._show) if streams else None
         settings = dict(self.settings)
         if settings["seed"] is not None:
             settings["seed"] += self._turns
@@ -191,8 +193,12 @@ class ChatSession:
         self.messages.append(chain.message())
         if self.as_json:
             click.echo(json.dumps({"question": text} | chain.to_row(), ensure_ascii=False))
-        else:
-            self._close(chain)
+            return
+        if streamer is None:
+            for step, step_text in chain.texts.items():
+                self._show(step, "")
+                self._show(step, step_text)
+        self._close(chain)
 
     def _show(self, step: str, piece: str) -> None:
         """Print a piece of a step as it is generated; an empty piece opens the step."""

@@ -13,7 +13,9 @@ _INCOMPLETE = "\ufffd"
 
 
 class StepStreamer(BaseStreamer):
-    """Calls ``on_text(step, piece)`` for every new piece of text, of one dialogue, without beam search.
+    """Calls ``on_text(step, piece)`` for every new piece of text.
+
+    It shows one dialogue at a time: several rows raise ValueError, and transformers refuses it with beam search.
 
     Pieces are cut at whole characters: a character that takes several tokens is held back until it is complete.
 
@@ -34,7 +36,15 @@ class StepStreamer(BaseStreamer):
         self._shown = 0
 
     def put(self, value: Any) -> None:
-        """Take the prompt (first call, skipped) or newly generated token ids."""
+        """Take the prompt (first call, skipped) or newly generated token ids.
+
+        Raises:
+            ValueError: If a batch of several rows is generated.
+        """
+        if value.dim() > 1 and len(value) > 1:
+            raise ValueError(
+                f"streamer must follow one dialogue; got a batch of {len(value)}. Pass one dialogue, or batch_size=1."
+            )
         if not self._prompt_seen:
             self._prompt_seen = True
             return

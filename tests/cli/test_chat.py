@@ -72,6 +72,21 @@ def test_cut_answers_and_verdicts_are_shown(mote):
     assert "judged" in screen.getvalue()
 
 
+def test_rejected_answers_are_not_shown(mote, monkeypatch):
+    """Verify mode shows the final chain alone, whatever was tried before it."""
+    monkeypatch.setattr(
+        "axolotl_mote.generation.verify.BaseModelJudge", lambda *_: lambda dialogues, answers: ["unsafe"] * len(answers)
+    )
+    shown = []
+    chat, screen = session(mote, "verify")
+    chat._show = lambda step, piece: shown.append((step, piece))
+    chat.settings["max_new_tokens"] = 60
+    chat.run(iter(["hello"]))
+    assert [step for step, piece in shown if not piece] == list(STEPS)
+    assert shown[-1] == ("response", chat.messages[-1]["content"])
+    assert "judged unsafe" in screen.getvalue()
+
+
 def test_too_long_a_message_is_refused_and_forgotten(mote):
     chat, screen = session(mote)
     chat.run(iter(["x" * 5000]))
@@ -114,6 +129,15 @@ def test_characters_of_several_tokens_are_shown_whole(mote):
     for token in [vocabulary.start_ids[0], *tokenizer.encode(text, add_special_tokens=False), vocabulary.end_ids[0]]:
         streamer.put(torch.tensor([token]))
     assert seen == ["", "é", "漢", "🙂"]
+
+
+def test_a_streamer_follows_one_dialogue(mote):
+    from axolotl_mote.generation import generate_chain
+
+    streamer = StepStreamer(mote[1], step_vocabulary(*mote), lambda *_: None)
+    dialogues = [[{"role": "user", "content": text}] for text in ("a", "b")]
+    with pytest.raises(ValueError, match="one dialogue; got a batch of 2"):
+        generate_chain(*mote, dialogues, streamer=streamer, max_new_tokens=12)
 
 
 def test_piped_json(tmp_path):
