@@ -55,8 +55,16 @@ def test_axolotl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_paths_and_launch_command_exist(name: str) -> None:
     text = (CONFIGS / name).read_text(encoding="utf-8")
     assert f"example_configs/{name}" in text.split("base_model:")[0]
-    for path in re.findall(r"example_configs/[\w./-]+\.(?:jsonl|json|slurm|sh)\b", text):
+    for path in re.findall(r"example_configs/[\w./-]+\.(?:jsonl|json|yml|slurm|sh)\b", text):
         assert (REPO / path).is_file(), f"{name} names {path}, which does not exist"
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_data_is_shipped_or_written_by_a_build(name: str) -> None:
+    builds = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in CONFIGS.glob("build_*.yml")]
+    written = {f"{build['output']}/chains.jsonl" for build in builds}
+    for dataset in load(name)["datasets"]:
+        assert (REPO / dataset["path"]).is_file() or dataset["path"] in written
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
