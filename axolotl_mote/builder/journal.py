@@ -32,23 +32,22 @@ class Journal:
     Args:
         path: The file; created if missing.
         identity: What decides the build's outcome; see ``settings.identity``.
+        restart: Put what the file holds aside and begin anew; ``set_aside`` then says where it went.
 
     Raises:
         JournalError: If it was written with another configuration (the message lists the keys that changed), is held by
             another process, or is damaged before its last line.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
         self._path, self._config = path, config_hash(identity)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.set_aside: Path | None = None
+        self._fd = _locked(path)
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._fd)
-            raise JournalError(
-                f"{path} must be used by one build at a time; another one holds it. Wait for it."
-            ) from None
-        try:
+            if restart and os.fstat(self._fd).st_size:
+                self.set_aside = _set_aside(path)
+                old, self._fd = self._fd, _locked(path)
+                os.close(old)
             self._completions = self._read(identity)
         except BaseException:
             self.close()
@@ -137,10 +136,19 @@ class Journal:
             raise
 
 
-def set_aside(path: Path) -> Path | None:
-    """Rename a journal to the first free ``journal.N.jsonl`` beside it; None if there is none."""
-    if not path.exists():
-        return None
+def _locked(path: Path) -> int:
+    """Open a file for reading and appending, as the only process that does."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise JournalError(f"{path} must be used by one build at a time; another one holds it. Wait for it.") from None
+    return fd
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a journal to the first free ``journal.N.jsonl`` beside it."""
     number = 1
     while (target := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
         number += 1

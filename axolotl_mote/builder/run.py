@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from axolotl_mote.builder.calls import BudgetMeter, BudgetReached, Call, CallPutOff, Completion, FatalCallError
-from axolotl_mote.builder.journal import Journal, set_aside
+from axolotl_mote.builder.journal import Journal
 from axolotl_mote.builder.loop import Growth, Outcome, grow_chain
 from axolotl_mote.builder.output import RunRecord, write_results
 from axolotl_mote.builder.prompts import Prompts
@@ -95,10 +95,9 @@ def build(
     questions, dropped = load_questions(settings.questions, settings.exclude, settings.deduplicate)
     settings.output.mkdir(parents=True, exist_ok=True)
     path = settings.output / "journal.jsonl"
-    aside = set_aside(path) if restart else None
     stopped: str | None = None
     fatal: FatalCallError | None = None
-    with Journal(path, identity(settings, prompts.hashes)) as journal:
+    with Journal(path, identity(settings, prompts.hashes), restart=restart) as journal:
         run = _Run(settings, prompts, journal, questions, on_progress)
         try:
             asyncio.run(run.go())
@@ -111,7 +110,8 @@ def build(
         counts = write_results(settings, prompts, journal, questions, dropped, run.outcomes, record)
     if fatal is not None:
         raise fatal
-    return BuildReport(counts, stopped, record.seconds, record.requests, record.tokens, str(aside) if aside else None)
+    aside = str(journal.set_aside) if journal.set_aside else None
+    return BuildReport(counts, stopped, record.seconds, record.requests, record.tokens, aside)
 
 
 @dataclass
@@ -266,7 +266,9 @@ class _Run:
             else:
                 from axolotl_mote.builder.server import ServerClient
 
-                self._clients[name] = ServerClient(spec, self.budget)
+                stages = {stage for stage in STAGES if self._stage(stage).model == name}
+                answered = any(key.rpartition("/")[2].split(".")[0] in stages for key, _ in self.journal.completions())
+                self._clients[name] = ServerClient(spec, self.budget, answered)
         return self._clients[name]
 
 

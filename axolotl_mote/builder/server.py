@@ -56,12 +56,13 @@ class ServerClient:
     Args:
         spec: The model.
         budget: Shared by all clients of a run.
+        answered: Whether an earlier run got answers: then a request the server rejects is the question's fault.
 
     Raises:
         ValueError: If the environment variable for the API key is not set.
     """
 
-    def __init__(self, spec: ServerModel, budget: BudgetMeter) -> None:
+    def __init__(self, spec: ServerModel, budget: BudgetMeter, answered: bool = False) -> None:
         key = os.environ.get(spec.api_key_env, "") if spec.api_key_env else "none"
         if not key:
             raise ValueError(
@@ -73,7 +74,7 @@ class ServerClient:
             for url in spec.base_urls
         ]
         self._change = asyncio.Condition()
-        self._succeeded = False
+        self._succeeded = answered
 
     @property
     def concurrency(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from axolotl_mote.builder.calls import Call, Completion
-from axolotl_mote.builder.journal import Journal, JournalError, set_aside
+from axolotl_mote.builder.journal import Journal, JournalError
 
 CALL = Call("q1", "response", 0, 0, [], 7)
 OTHER = Call("q2", "response", 0, 0, [], 8)
@@ -80,9 +80,23 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 def test_old_journals_are_kept_aside(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    assert set_aside(path) is None
+    with Journal(path, IDENTITY, restart=True) as journal:
+        assert journal.set_aside is None
     for expected in ("journal.1.jsonl", "journal.2.jsonl"):
         path.write_text(expected)
-        aside = set_aside(path)
-        assert aside is not None
-        assert aside.read_text() == aside.name == expected
+        with Journal(path, IDENTITY, restart=True) as journal:
+            aside = journal.set_aside
+            assert aside is not None
+            assert aside.read_text() == aside.name == expected
+            assert journal.get(CALL) is None
+
+
+def test_a_journal_in_use_is_not_put_aside(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path, IDENTITY) as journal:
+        with pytest.raises(JournalError, match="one build at a time"):
+            Journal(path, IDENTITY, restart=True)
+        journal.add([(CALL, DONE)])
+    assert [file.name for file in tmp_path.iterdir()] == ["journal.jsonl"]
+    with Journal(path, IDENTITY, restart=True) as journal, pytest.raises(JournalError, match="one build at a time"):
+        Journal(path, IDENTITY)

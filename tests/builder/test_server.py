@@ -138,6 +138,14 @@ def test_what_no_question_can_pass_stops_the_build(
     assert len(server.bodies) == 1
 
 
+def test_a_resumed_build_knows_that_the_server_has_answered(make_settings: Make, serve: Serve) -> None:
+    build(make_settings(serve(good).url, count=2))
+    picky = serve(lambda body, number: error_reply(400, "odd") if number == 0 else good(body))
+    report = build(make_settings(picky.url, count=4, server={"concurrency": 1}))
+    assert report.stopped is None
+    assert report.counts["pending"] == 0
+
+
 def test_a_request_that_is_too_long_is_rejected_for_good(make_settings: Make, serve: Serve) -> None:
     message = "This model's maximum context length is 512 tokens"
     server = serve(lambda body, number: error_reply(400, message) if "rivers" in str(body) else good(body))
