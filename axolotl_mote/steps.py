@@ -21,6 +21,11 @@ _RESERVED = {
     QUESTION: "the tokens outside every step",
     "messages": "the column of the dialogue",
     "id": "the column of row ids",
+    **dict.fromkeys(
+        ("row", "mode", "run", "input", "steps", "token_counts", "finished", "truncated", "valid", "spent", "attempts"),
+        "a column of generated chains",
+    ),
+    "error": "the column of questions that were refused",
 }
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 

@@ -18,7 +18,9 @@ from generation_kit import STEPS, save_adapter, tiny_model, tiny_mote
 from axolotl_mote.cli import generate as generate_module
 from axolotl_mote.cli.generate import command
 from axolotl_mote.generation import jsonl
-from axolotl_mote.generation.vocabulary import step_vocabulary
+from axolotl_mote.generation.result import refused_row
+from axolotl_mote.generation.vocabulary import StepVocabulary, step_vocabulary
+from axolotl_mote.steps import validate_steps
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,14 @@ def test_the_fingerprint_ignores_the_order_of_target_modules(folder, tmp_path):
     config["r"] += 1
     (copy / "adapter_config.json").write_text(json.dumps(config))
     assert generate_module.run_fingerprint(copy, *settings) != same
+
+
+def test_no_step_may_be_named_like_a_column():
+    vocabulary = StepVocabulary(STEPS, (1, 3, 5), (2, 4, 6))
+    columns = jsonl.output_line(jsonl.Question(0, [], {"row": 1}), "m", "r", refused_row(vocabulary, "too long"))
+    for name in set(columns) - {*STEPS, "check"}:
+        with pytest.raises(ValueError, match="must not hold"):
+            validate_steps([name, "response"])
 
 
 def test_two_processes_do_not_share_a_file(folder, tmp_path):
