@@ -23,6 +23,7 @@ from axolotl_mote.chain import encode_question
 from axolotl_mote.generation import generate_chain
 from axolotl_mote.generation.decoding import Decoder
 from axolotl_mote.generation.grammar import StepGrammar, make_budget, make_plan
+from axolotl_mote.generation.loading import load_mote
 from axolotl_mote.generation.result import parse_chain
 from axolotl_mote.generation.showcase import base_answer, show_answers
 from axolotl_mote.generation.vocabulary import special_ids, step_vocabulary
@@ -518,6 +519,28 @@ def test_decoder_reads_steps_from_the_tokenizer_of_a_plain_model():
     model = tiny_model(len(tokenizer))
     assert Decoder(model, tokenizer).vocabulary.steps == STEPS
     assert generate_chain(model, tokenizer, QUESTIONS[0], list(STEPS), max_new_tokens=30).valid
+
+
+def test_a_quantized_base_is_loaded_in_place(tmp_path, monkeypatch):
+    """Quantized weights cannot be moved afterwards: `.to` is for plain ones."""
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    model, tokenizer = tiny_mote()
+    tiny_model().save_pretrained(tmp_path / "base")
+    folder = save_adapter(model, tokenizer, tmp_path / "adapter", tmp_path / "base")
+    asked = []
+
+    def load(base, dtype, **options):
+        asked.append(options)
+        return tiny_model()
+
+    moved = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda self, place: moved.append(place))
+    load_mote(folder, device="cpu")
+    load_mote(folder, device="cpu", quantization_config="any")
+    assert [options.get("device_map") for options in asked] == [None, {"": "cpu"}]
+    assert moved == ["cpu"]
 
 
 def test_assistant_without_marker_rows_is_refused(mote):

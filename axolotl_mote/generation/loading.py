@@ -23,7 +23,8 @@ def load_mote(
         adapter_dir: Folder with adapter_config.json and adapter_model.safetensors, as training wrote it.
         base_model: Base model folder or hub name; default: the one the adapter was trained on.
         dtype: Type of the base model's weights; "auto" keeps that of the checkpoint. The adapter stays in float32.
-        device: Where to put the model; default: the first GPU if there is one. Left alone with ``device_map``.
+        device: Where to put the model; default: the first GPU if there is one. Left alone with ``device_map``. A
+            quantized base is loaded there; it cannot be moved.
         **model_options: For ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
@@ -41,11 +42,24 @@ def load_mote(
     config = read_adapter_config(adapter_dir)
     base = str(base_model or config["base_model_name_or_path"])
     tokenizer = load_tokenizer(adapter_dir, base, config)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "device_map" not in model_options and _is_quantized(base, model_options):
+        model_options["device_map"] = {"": place}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **model_options)
     if "device_map" not in model_options:
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(place)
     model = PeftModel.from_pretrained(model, str(adapter_dir), is_trainable=False)
     return model.eval(), tokenizer
+
+
+def _is_quantized(base: str, options: dict[str, Any]) -> bool:
+    """Whether the base model is stored, or asked for, in quantized weights."""
+    from transformers import AutoConfig
+
+    if options.get("quantization_config") is not None:
+        return True
+    config = AutoConfig.from_pretrained(base, trust_remote_code=options.get("trust_remote_code"))
+    return getattr(config, "quantization_config", None) is not None
 
 
 def read_adapter_config(adapter_dir: str | Path) -> dict[str, Any]:
