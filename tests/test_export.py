@@ -238,6 +238,14 @@ def test_existing_output_is_kept(tmp_path):
     assert (tmp_path / "out/export.json").exists()
 
 
+def test_adapters_name_their_base_from_anywhere(tmp_path, monkeypatch):
+    _, _, adapter = tiny_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    export_adapter(adapter, "out", verify=False)
+    named = json.loads((tmp_path / "out/adapters/response/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "out/base")
+
+
 def test_adapters_only(tmp_path):
     _, _, adapter = tiny_folder(tmp_path)
     report = export_adapter(adapter, tmp_path / "out", write_base_model=False)

@@ -1,4 +1,4 @@
-"""Options that ``generate`` and ``chat`` share; no torch here."""
+"""Options and errors that several commands share; no torch here."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ def decoding_options(function: F) -> F:
         click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
         click.option("--seed", default=0, show_default=True, help="Seed of sampling."),
     )(function)
+
+
+def missing_extra(error: ModuleNotFoundError) -> click.ClickException:
+    """What to say when a package of the extra `build` is not there."""
+    return click.ClickException(f"{error}. Install the extra, in a clone of the project: pip install '.[build]'")
 
 
 def parse_limits(values: Sequence[str]) -> int | dict[str, int] | None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from axolotl_mote.cli._options import missing_extra
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), help="Output folder, instead of the file's."
@@ -32,11 +34,11 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
     130 interrupted by Ctrl-C (run it again).
     """
     try:
+        from axolotl_mote.builder.calls import FatalCallError
         from axolotl_mote.builder.run import build
         from axolotl_mote.builder.settings import QuestionSource, load_settings
     except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error}. Install the extra: pip install 'axolotl_mote[build]'") from error
-    from axolotl_mote.builder.calls import FatalCallError
+        raise missing_extra(error) from error
 
     try:
         settings = load_settings(config)
@@ -50,6 +52,8 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
         settings = settings.model_copy(update=changed)
         with _Progress() as progress:
             report = build(settings, restart=restart, on_progress=progress.show)
+    except ModuleNotFoundError as error:  # openai and others are imported where they are first needed
+        raise missing_extra(error) from error
     except (ValueError, OSError, FatalCallError) as error:
         raise click.ClickException(str(error)) from error
     _print_report(report, settings.output)

@@ -86,16 +86,32 @@ def command(
 
 
 def _probes(path: Path, adapter: Path, base_model: str | None) -> list[list[int]]:
-    """Token ids of the chains of a file."""
-    from axolotl_mote.chain import encode_chain
+    """Token ids of the chains of a file.
+
+    Raises:
+        ValueError: If it holds no chain, or a row that is none.
+    """
+    from axolotl_mote.chain import check_row, encode_chain
     from axolotl_mote.generation.loading import load_tokenizer, read_adapter_config
 
     config = read_adapter_config(adapter)
     tokenizer = load_tokenizer(adapter, str(base_model or config["base_model_name_or_path"]), config)
+    probes: list[list[int]] = []
     with path.open(encoding="utf-8") as file:
-        return [
-            encode_chain(json.loads(line), tokenizer, config["steps"])["input_ids"] for line in file if line.strip()
-        ]
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                faults = check_row(row, config["steps"])
+            except json.JSONDecodeError as error:
+                faults = [f"the line must be JSON; got {error}. Correct it."]
+            if faults:
+                raise ValueError(f"--probe must hold chains; {path} row {number}: {' '.join(faults)}")
+            probes.append(encode_chain(row, tokenizer, config["steps"])["input_ids"])
+    if not probes:
+        raise ValueError(f"--probe must hold at least one chain; got none in {path}. Add rows.")
+    return probes
 
 
 def _show(report: ExportReport, output: Path, no_base: bool) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from axolotl_mote.cli._options import missing_extra
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+
+@click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--rejected",
@@ -27,13 +29,13 @@ def command(file: Path, rejected: Path | None, as_json: bool, html: Path | None,
 
     \b
     Example:
-      axolotl mote stats outputs/selfalign/chains.jsonl --html statistics.html
+      axolotl mote stats outputs/selfalign/data/chains.jsonl --html statistics.html
     """
     try:
         from axolotl_mote.builder.report import print_summary, write_html
         from axolotl_mote.builder.statistics import read_chains, read_jsonl, summarise
     except ModuleNotFoundError as error:
-        raise click.ClickException(f"{error}. Install the extra: pip install 'axolotl_mote[build]'") from error
+        raise missing_extra(error) from error
     beside = file.with_name("rejected.jsonl")
     if rejected is None and beside.exists() and beside != file:
         rejected = beside

@@ -97,7 +97,9 @@ def export_adapter(
         report.exact = report.dtype == "float32" or not merge_shared
         write_base(staging / "base", model, tokenizer, config, tensors, merge_shared)
         del model
-        named_base = str(output / "base") if write_base_model else base
+        named_base = base
+        if write_base_model or Path(base).is_dir():  # absolute: PEFT looks from wherever it is called
+            named_base = str((output / "base" if write_base_model else Path(base)).resolve())
         for plan in plans:
             report.adapters[plan.name] = _describe(plan)
             if plan.rank:

@@ -55,7 +55,7 @@ def write_adapter(
 
 def write_base(
     folder: Path, model: Any, tokenizer: Any, config: MoteConfig, tensors: Mapping[str, Tensor], merge_shared: bool
-) -> int:
+) -> None:
     """Bake the marker rows (and on request the shared expert) into a base model and save it with its tokenizer.
 
     Args:
@@ -66,20 +66,15 @@ def write_base(
         tensors: The tensors of the MoTE adapter.
         merge_shared: Add the shared expert to the weights.
 
-    Returns:
-        Number of ids that have a row now but mean nothing (between the old table and the markers).
-
     Raises:
         ValueError: If the shared expert is to be merged into quantized weights.
     """
-    rows_before = model.get_input_embeddings().weight.shape[0]
     if merge_shared:
         _merge_shared(model, config, tensors)
     bake_markers(model, config, tensors)
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return sum(1 for token in range(rows_before, max(config.marker_ids)) if token not in config.marker_ids)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,6 +123,15 @@ def test_faults_of_the_build_file_are_shown_without_a_traceback(config: Path) ->
     assert done.exit_code == 1
     assert "chian" in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("package", ["openai", "datasketch"])
+def test_a_missing_package_names_the_extra(config: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.delitem(sys.modules, "axolotl_mote.builder.server", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    done = run(config)
+    assert done.exit_code == 1
+    assert "pip install '.[build]'" in done.output
 
 
 def test_help_has_an_example() -> None:

@@ -41,6 +41,24 @@ def test_json_on_chains_of_ones_own(folder, tmp_path):
     assert report == json.loads((tmp_path / "out/export.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n", "at least one chain"),
+        ('{"response": "x"}\n', "row 1: messages must be"),
+        ("\n{", "row 2: the line must be"),
+    ],
+)
+def test_wrong_probes_are_refused(folder, tmp_path, text, message):
+    probe = tmp_path / "chains.jsonl"
+    probe.write_text(text)
+    result = CliRunner().invoke(
+        command, ["--adapter", str(folder), "--output", str(tmp_path / "out"), "--probe", str(probe)]
+    )
+    assert result.exit_code == 1
+    assert message in result.output
+
+
 def test_refusals_are_one_line(folder, tmp_path):
     for arguments, message in [
         (["--adapter", str(tmp_path), "--output", str(tmp_path / "out")], "adapter_config.json"),

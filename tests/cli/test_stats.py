@@ -59,7 +59,7 @@ def test_a_wrong_file_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     done = run(path)
     assert done.exit_code == 1
     assert "one JSON object a line" in done.output
-    assert run("--help").output.count("axolotl mote stats outputs/selfalign/chains.jsonl") == 1
+    assert run("--help").output.count("axolotl mote stats outputs/selfalign/data/chains.jsonl") == 1
 
 
 def test_the_shipped_chains_can_be_described(seed_chains: Path) -> None:
