@@ -47,6 +47,7 @@ def environment() -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "AXOLOTL_DO_NOT_TRACK": "1",
         "FORCE_COLOR": "1",
+        "TERM": "xterm",
         "COLUMNS": "300",
     }
 

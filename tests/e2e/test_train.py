@@ -21,8 +21,8 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def logged(log: str, key: str) -> list[float]:
-    """Every value that was logged under a key."""
-    return [float(value) for value in re.findall(rf"'{re.escape(key)}': '?([-+\w.]+)", log)]
+    """Every value that was logged under a key, by the trainer ('key': 'value') or by evaluate (key: value)."""
+    return [float(value) for value in re.findall(rf"(?:'|\] ){re.escape(key)}'?: '?([-+\w.]+)", log)]
 
 
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
