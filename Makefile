@@ -105,7 +105,7 @@ selfalign: $(MODEL)/config.json ## Let the small model write its own chains and 
 	$(BIN)/axolotl mote stats $(SELFALIGN)/data/chains.jsonl
 	$(BIN)/axolotl train example_configs/selfalign.yml
 	$(BIN)/axolotl mote generate --adapter $(SELFALIGN)/adapter \
-	  --input example_configs/data/hh_rlhf_questions_24.jsonl --output $(SELFALIGN)/answers.jsonl --overwrite --max-new-tokens 200
+	  --input example_configs/data/hh_rlhf_questions_24.jsonl --output $(SELFALIGN)/answers.jsonl --limit 6 --max-new-tokens 160 --overwrite
 
 clean: ## Remove what runs leave behind; keeps .venv and models/
 	rm -rf outputs last_run_prepared build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
