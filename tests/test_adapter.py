@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_models import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_config, randomise
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +19,6 @@ from axolotl_mote.config import MoteConfig
 from axolotl_mote.markers import MarkerEmbedding, MarkerHead
 from axolotl_mote.routing import document_starts, step_ids_from_tokens
 from axolotl_mote.steps import markers
-from models import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_config, randomise
 
 
 class SeparateLora(nn.Module):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import chain, mote, mote_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-
-from models import chain, mote, mote_model
 
 
 def packed(seed: int, length: int = 128) -> dict[str, Tensor]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_compile import packed
-
-from models import STEPS, add_mote_adapter, base_model, chain, mote, mote_config, mote_model
+from tiny_models import STEPS, add_mote_adapter, base_model, chain, mote, mote_config, mote_model
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import FAMILIES, MARKER_IDS, chain, mote, mote_config
 from torch import nn
 
 from axolotl_mote import loss as loss_module
 from axolotl_mote.loss import shift, step_sums, token_losses, token_weights
 from axolotl_mote.trainer import MoteTrainer
-from models import FAMILIES, MARKER_IDS, chain, mote, mote_config
 
 
 def test_shift_moves_targets_under_their_predictors() -> None:

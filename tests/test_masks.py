@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import chain, mote_config
 
 from axolotl_mote.attention import segment_attention
 from axolotl_mote.masks import Visibility, dense_mask, flex_mask, varlen_segments
 from axolotl_mote.routing import document_starts, step_ids_from_tokens, visible_positions
-from models import chain, mote_config
 
 
 def visibility(hidden: tuple[int, ...], padding: str = "right") -> Visibility:

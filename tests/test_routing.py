@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import MARKER_IDS, STEPS, VOCABULARY, chain, mote_config
 
 from axolotl_mote.routing import (
     document_draws,
@@ -16,7 +17,6 @@ from axolotl_mote.routing import (
     step_ids_from_tokens,
     visible_positions,
 )
-from models import MARKER_IDS, STEPS, VOCABULARY, chain, mote_config
 
 
 def reference_step_ids(tokens: list[int], positions: list[int]) -> list[int]:

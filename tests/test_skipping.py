@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from tiny_models import FAMILIES, MARKER_IDS, STEPS, VOCABULARY, base_model, chain, mote, mote_config, randomise
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,6 @@ from axolotl_mote.adapter import add_mote_adapter, mote_model
 from axolotl_mote.attention import FLASH, check_attention, prepare_attention
 from axolotl_mote.config import MoteConfig
 from axolotl_mote.routing import step_ids_from_tokens
-from models import FAMILIES, MARKER_IDS, STEPS, VOCABULARY, base_model, chain, mote, mote_config, randomise
 
 PATTERNS = [(1,), (2,), (1, 2)]
 BACKENDS = ["sdpa", "eager", "flex_attention", "mote_varlen"]
