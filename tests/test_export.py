@@ -112,13 +112,15 @@ def test_exported_adapters_in_a_process_without_our_package(tmp_path):
 def test_real_model_in_a_process_without_our_package(tmp_path, smollm2_dir):
     from generation_kit import smol_mote
 
-    model, tokenizer = smol_mote(smollm2_dir)
+    # About as large as trained experts; the rounding of float32 at logits of 40 grows with them.
+    model, tokenizer = smol_mote(smollm2_dir, scale=0.02)
     adapter = save_adapter(model, tokenizer, tmp_path / "adapter", smollm2_dir)
     export_adapter(adapter, tmp_path / "out", verify=False)
     plain, whole, step_ids = run_plain_peft(tmp_path, tmp_path / "out", model, tokenizer, STEPS)
     gated = gated_by_runs(model, encode_chain(ROW, tokenizer, STEPS)["input_ids"])
     for step in range(4):
         at = step_ids == step
+        print(f"step {step}: {(plain[at] - gated[at]).abs().max():.1e} against the gated model")
         assert (plain[at] - gated[at]).abs().max() < 1e-4, step
         # One forward over everything rounds in another order; logits reach 40 here.
         assert (plain[at] - whole[at]).abs().max() < 3e-4, step
