@@ -121,7 +121,8 @@ def test_real_model_in_a_process_without_our_package(tmp_path, smollm2_dir):
     for step in range(4):
         at = step_ids == step
         print(f"step {step}: {(plain[at] - gated[at]).abs().max():.1e} against the gated model")
-        assert (plain[at] - gated[at]).abs().max() < 1e-4, step
+        # The question's adapter mixes all experts, with weights that float32 rounds.
+        assert (plain[at] - gated[at]).abs().max() < (1e-4 if step else 2e-4), step
         # One forward over everything rounds in another order; logits reach 40 here.
         assert (plain[at] - whole[at]).abs().max() < 3e-4, step
 
