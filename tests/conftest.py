@@ -72,6 +72,7 @@ def axolotl() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several workers, keep the tests of a file together, and those of tests/e2e, which share their runs."""
     for item in items:
