@@ -158,8 +158,8 @@ def test_a_thousand_questions_stream_in_constant_memory(folder, tmp_path):
         runner.answer(next(windows))
         tracemalloc.start()
         runner.answer(next(windows))
-        tracemalloc.reset_peak()
         _, early = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
         for window in windows:
             runner.answer(window)
         _, peak = tracemalloc.get_traced_memory()
