@@ -50,10 +50,10 @@ $(OUTPUT)/.trained: $(QUICKSTART_INPUTS) $(STAMP) | $(MODEL)/config.json
 	@touch $@
 
 test: $(MODEL)/config.json ## Run all tests, the end-to-end ones included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: $(MODEL)/config.json ## Run the tests that start no axolotl process
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not e2e" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e" $(ARGS)
 
 check: $(STAMP) ## Lint, formatting, types, import directions
 	$(BIN)/ruff check .

@@ -70,11 +70,3 @@ def axolotl() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers, keep the tests of a file together, and those of tests/e2e, which share their runs."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group("e2e" if folder == "e2e" else str(item.path)))
