@@ -356,14 +356,14 @@ def packed(workshop: Workshop, runs: Runs) -> Path:
 
 @job
 def lora(workshop: Workshop, runs: Runs) -> Path:
-    return workshop.train("lora", adapter="lora", lora_r=16, **KERNELS_OFF)
+    return workshop.train("lora", adapter="lora", lora_r=16, **PLAIN)
 
 
 @job
 def lora_evaluated(workshop: Workshop, runs: Runs) -> Result:
     adapter = runs.get("lora")
     held_out = [{"path": str(workshop.chains), "type": "axolotl_mote.chain", "ds_type": "json", "split": "train"}]
-    changes = {"adapter": "lora", "lora_r": 16, **KERNELS_OFF}
+    changes = {"adapter": "lora", "lora_r": 16, **PLAIN}
     return workshop.run("evaluate", "lora_evaluated", lora_model_dir=str(adapter), test_datasets=held_out, **changes)
 
 
@@ -395,4 +395,4 @@ def four_bit(workshop: Workshop, runs: Runs) -> Result:
     return workshop.run("train", "four_bit", load_in_4bit=True, max_steps=1)
 
 
-KERNELS_OFF = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
+PLAIN = {"mote": {}, **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)}

@@ -174,8 +174,6 @@ def test_preprocess_shows_the_routing(runs: Any) -> None:
     log = runs.get("preprocessed").ok().log
     assert "kept 12 of 12 chains; forms of all:" in log
     assert "routing: question" in re.sub(r"\x1b\[[\d;]*m", "", log)
-    assert re.search(r"\x1b\[33m[^\x1b]*<\|analysis\|>", log)
-    assert re.search(r"\x1b\[32m[^\x1b]*<\|response\|>", log)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
