@@ -316,7 +316,8 @@ def show_routing(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], s
     # Whole stretches: a character may be spread over several tokens.
     for step_id, stretch in groupby(zip(step_ids, input_ids, strict=True), key=lambda pair: pair[0]):
         text.append(tokenizer.decode([token for _, token in stretch]), style=colours[step_id % len(colours)])
-    Console().print(text)
+    # The terminal wraps: a newline of ours would look like one of the text.
+    Console().print(text, soft_wrap=True)
 
 
 def load(tokenizer: PreTrainedTokenizerBase, cfg: Any, ds_cfg: Any = None) -> Any:

@@ -598,11 +598,9 @@ def test_the_prepared_cache_notices_the_steps() -> None:
     assert key(STEPS) == key(STEPS)
 
 
-@pytest.mark.xfail(strict=False, reason="passed alone, failed in a fresh environment; cause not found")
 def test_routing_is_shown_in_colours(chatml: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "400")
+    # Not the environment: datasets' map in several processes puts a copy in its place, and rich keeps the old one.
+    monkeypatch.setattr("rich.console.Console._environ", {"FORCE_COLOR": "1", "TERM": "xterm-256color"})
     messages = [{"role": "user", "content": "[bold]<|analysis|>"}]
     encoded = encode_chain(row(messages=messages), chatml, STEPS)
     show_routing(chatml, encoded["input_ids"], STEPS)

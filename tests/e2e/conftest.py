@@ -6,9 +6,11 @@ import atexit
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ import yaml
 
 BIN = Path(sys.executable).parent
 TIMEOUT = 300  # seconds of one command, on a busy machine
+EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions_")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,6 +52,9 @@ def environment() -> dict[str, str]:
         "FORCE_COLOR": "1",
         "TERM": "xterm",
         "COLUMNS": "300",
+        "PYTHONFAULTHANDLER": "1",
+        # Not the user's: PyTorch waits for ever for the lock of a build that was killed.
+        "TORCH_EXTENSIONS_DIR": EXTENSIONS.name,
     }
 
 
@@ -93,12 +99,15 @@ class Command:
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def kill(self) -> None:
-        """SIGKILL for the command and all that it started; torchrun's workers are in sessions of their own."""
+    def signal(self, number: int) -> None:
+        """Signal the command and all that it started; torchrun's workers are in sessions of their own."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("MOTE_E2E_RUN") == self.token:
-                    process.kill()
+                    process.send_signal(number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
         self.process.wait()
         RUNNING.discard(self)
 
@@ -107,6 +116,8 @@ class Command:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             code = -1
+            self.signal(signal.SIGABRT)  # faulthandler writes where each thread hangs
+            time.sleep(1)
         self.kill()
         note = f"\n(killed after {timeout} s)" if code == -1 else ""
         return Result(code, self.text() + note)

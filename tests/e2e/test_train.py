@@ -28,7 +28,7 @@ def logged(log: str, key: str) -> list[float]:
 def python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter."""
     args = [sys.executable, "-c", code]
-    return subprocess.run(args, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(args, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
 
 
 # --- train ----------------------------------------------------------------------------------------------------------
@@ -174,6 +174,8 @@ def test_preprocess_shows_the_routing(runs: Any) -> None:
     log = runs.get("preprocessed").ok().log
     assert "kept 12 of 12 chains; forms of all:" in log
     assert "routing: question" in re.sub(r"\x1b\[[\d;]*m", "", log)
+    assert re.search(r"\x1b\[33m[^\x1b]*<\|analysis\|>", log)
+    assert re.search(r"\x1b\[32m[^\x1b]*<\|response\|>", log)
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
