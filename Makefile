@@ -20,6 +20,8 @@ export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# What is imported is compiled once, not by every process: pip leaves it uncompiled, since most is never imported.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv model quickstart test test-fast check format docs bench gpu-bench decode-bench server-bench stats-bench gpu-check compat selfalign clean

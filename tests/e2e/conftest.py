@@ -279,7 +279,7 @@ def twelve_chains(tmp_path_factory: pytest.TempPathFactory, seed_chains: Path) -
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, twelve_chains: Path, repo: Path) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("runs"), tiny_model, twelve_chains, repo)
 
@@ -294,7 +294,7 @@ def job(function: Callable[[Workshop, Runs], Any]) -> Callable[[Workshop, Runs],
 
 
 class Runs:
-    """Single-process runs, two at a time in the background; ``get`` waits for one."""
+    """Single-process runs, one after another in the background; ``get`` waits for one."""
 
     def __init__(self, workshop: Workshop, names: list[str], pool: ThreadPoolExecutor) -> None:
         # In the order of JOBS: a job may wait for one above it.
@@ -307,11 +307,12 @@ class Runs:
         return self._futures[name].result()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, workshop: Workshop) -> Iterator[Runs]:
-    """The runs that the selected tests name with ``@pytest.mark.needs``."""
-    names = [name for item in request.session.items for mark in item.iter_markers("needs") for name in mark.args]
-    pool = ThreadPoolExecutor(max_workers=2)
+    """The runs that the selected tests of a file name with ``@pytest.mark.needs``; workers take whole files."""
+    items = [item for item in request.session.items if item.path == request.path]
+    names = [name for item in items for mark in item.iter_markers("needs") for name in mark.args]
+    pool = ThreadPoolExecutor(max_workers=1)
     try:
         yield Runs(workshop, names, pool)
     finally:
