@@ -126,6 +126,8 @@ class MoteModel(LoraModel):
 
     model: PreTrainedModel
     routing: Routing
+    loss_chunks: int | None = None
+    """How often the loss runs the head. DeepSpeed ZeRO-3 fetches it for every call, so all ranks must call alike."""
 
     def _pre_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         if not isinstance(config, MoteConfig) or not config.marker_ids:
@@ -192,7 +194,8 @@ class MoteModel(LoraModel):
         self._route(self.model, args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         hidden = self.model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
-        return CausalLMOutputWithPast(loss=token_losses(hidden, targets, self._logits, self._vocab_size))
+        losses = token_losses(hidden, targets, self._logits, self._vocab_size, self.loss_chunks)
+        return CausalLMOutputWithPast(loss=losses)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The head and what a model does to its output: (N, D) -> (N, V)."""

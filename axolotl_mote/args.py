@@ -114,6 +114,16 @@ _REFUSED: dict[str, str] = {
     "tokenizer_use_mistral_common": "Marker tokens cannot be added to it. Remove it.",
     "layer_offloading": "Untested with step routing. Use DeepSpeed ZeRO-3 with offload.",
     "use_kernels": "Hub kernels may replace the routed layers. Remove it.",
+    "use_pose": "Gaps in the positions mark documents here. Remove it.",
+    "tiled_mlp": "Tiles of a sequence would meet the gate of the whole. Remove it.",
+}
+# These concern the data and the loss, which a plain LoRA baseline shares.
+_REFUSED_WITH_CHAINS: dict[str, str] = {
+    "streaming": "Chains are checked before anything is trained. Remove it.",
+    "pretraining_dataset": "Chains are checked before anything is trained. Use datasets.",
+    "train_on_inputs": "The loss is on the steps, never on the question. Remove it.",
+    "use_eaft": "It would replace the loss of the steps. Remove it.",
+    "chat_template_kwargs": "Questions are encoded without them, at inference too. Write them into the template.",
 }
 _REFUSED_ABOVE_ONE = (
     "context_parallel_size",
@@ -144,12 +154,25 @@ def check_baseline(cfg: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the key and the way out.
     """
+    if any(entry.get("type") == "axolotl_mote.chain" for entry in cfg.get("datasets") or [] if isinstance(entry, dict)):
+        _check_data_options(cfg)
     for key in ("expert_weight", "question_routing", "step_dropout", "compile"):
         if key in (cfg.get("mote") or {}):
             raise ValueError(
                 f"mote.{key} must not be set with adapter: {cfg.get('adapter')}, which would ignore it. Remove it, or "
                 "set adapter: mote."
             )
+
+
+def _check_data_options(cfg: dict[str, Any]) -> None:
+    for key, remedy in _REFUSED_WITH_CHAINS.items():
+        if cfg.get(key):
+            raise ValueError(f"{key} must not be set with chain data; got {cfg[key]!r}. {remedy}")
+    if cfg.get("excess_length_strategy") not in (None, "drop"):
+        raise ValueError(
+            f"excess_length_strategy must be drop with chain data; got {cfg['excess_length_strategy']!r}: a chain is "
+            "never cut, and those dropped are counted. Remove it."
+        )
 
 
 def check_config(cfg: dict[str, Any]) -> None:
@@ -164,6 +187,7 @@ def check_config(cfg: dict[str, Any]) -> None:
     for key, remedy in _REFUSED.items():
         if cfg.get(key):
             raise ValueError(f"{key} must not be set with adapter: mote; got {cfg[key]!r}. {remedy}")
+    _check_data_options(cfg)
     for key in _REFUSED_ABOVE_ONE:
         if (cfg.get(key) or 1) > 1:
             raise ValueError(
@@ -186,6 +210,13 @@ def check_config(cfg: dict[str, Any]) -> None:
             "lora_target_linear or lora_target_modules must be set with adapter: mote; got neither. "
             "Use the paper's lora_target_linear: true."
         )
+    targets = cfg.get("lora_target_modules") or []
+    for name in [targets] if isinstance(targets, str) else targets:
+        if str(name).split(".")[-1] in ("lm_head", "embed_tokens"):
+            raise ValueError(
+                f"lora_target_modules must name linear layers of the decoder with adapter: mote; got {name!r}, which "
+                "carries the marker rows. Remove it."
+            )
     if cfg.get("inference") and not cfg.get("lora_model_dir"):
         raise ValueError(
             "lora_model_dir must name a trained adapter for inference with adapter: mote; got none, which would serve "

@@ -72,6 +72,13 @@ def prepare_attention(model: PreTrainedModel) -> None:
             "which no mask hides. Set mote.step_dropout: 0."
         )
     name = implementation_of(model.config)
+    attending = (module for module in model.get_decoder().modules() if hasattr(module, "is_causal"))
+    names = {str(module.config._attn_implementation) for module in attending if hasattr(module, "config")}
+    if names - {name}:
+        raise ValueError(
+            f"mote.step_dropout must run on one attention implementation; got {sorted(names | {name})} in one model. "
+            "Set attn_implementation: flex_attention, or mote.step_dropout: 0."
+        )
     if name in FLASH and not hasattr(ALL_ATTENTION_FUNCTIONS[name], "takes_segments"):
         AttentionInterface.register(name, _with_segments(ALL_ATTENTION_FUNCTIONS[name], flash=True))
 
@@ -209,6 +216,7 @@ def _by_segment(
     scale = kwargs.get("scaling")
     window = kwargs.get("sliding_window")
     softcap = kwargs.get("softcap")
+    sinks = kwargs.get("s_aux")
     if flash:
         out = _flash_attention_forward(
             q.unsqueeze(0),
@@ -227,12 +235,13 @@ def _by_segment(
             max_length_k=segments.max_keys,
             target_dtype=dtype,
             attn_implementation=config._attn_implementation,
+            s_aux=None if sinks is None else sinks.to(q.dtype),
         )[0]
     else:
-        if softcap is not None:
+        if softcap is not None or sinks is not None:
             raise NotImplementedError(
-                f"attn_implementation {VARLEN!r} must not meet soft-capped attention; got softcap {softcap}. "
-                "Use flex_attention or flash_attention_2."
+                f"attn_implementation {VARLEN!r} must not meet soft-capped attention or attention sinks; got softcap "
+                f"{softcap}{'' if sinks is None else ' and sinks'}. Use flex_attention or a flash-attention kernel."
             )
         if q.is_cuda and dtype is not None:
             q, k, v = (x.to(dtype) for x in (q, k, v))

@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from axolotl_mote.steps import (
@@ -73,7 +74,13 @@ def encode_question(
 
     Returns:
         Token ids, as ``apply_chat_template`` gives them for messages without special strings.
+
+    Raises:
+        ValueError: If a role is unknown (templates print roles as they are), or the chat template refuses a turn.
     """
+    for message in messages:
+        if message["role"] not in _ROLES:
+            raise ValueError(f"role must be one of {_ROLES}; got {message['role']!r}. Rename it.")
     pattern = _special_strings(tokenizer, steps)
     hostile: list[str] = []
 
@@ -90,7 +97,10 @@ def encode_question(
     # token would split the text at the same places, so all other text is encoded as usual.
     # Further fields of a turn are left out: some templates render them.
     safe = [{"role": message["role"], "content": guard(message["content"])} for message in messages]
-    rendered: str = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+    try:
+        rendered: str = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"messages must suit the chat template; it says: {error} Change the turns.") from error
     ids: list[int] = []
     for position, piece in enumerate(re.split("\ue000(\\d+)\ue001", rendered)):
         if position % 2:
@@ -173,7 +183,7 @@ def check_row(row: Any, steps: Sequence[str]) -> list[str]:
     """Faults of one row as "field must ...; got ... . Remedy." strings; an empty list means it can be trained on."""
     if not isinstance(row, Mapping):
         return [f"the row must be an object; got {type(row).__name__}. Write one JSON object per line."]
-    faults = _check_messages(row.get("messages"))
+    faults = check_messages(row.get("messages"))
     answer = answer_step(steps)
     for step in steps:
         text = row.get(step)
@@ -204,7 +214,8 @@ def _unicode_fault(text: Any) -> str | None:
     return f"must be valid Unicode; got an unpaired surrogate at character {half.start()}. Correct the text."
 
 
-def _check_messages(messages: Any) -> list[str]:
+def check_messages(messages: Any) -> list[str]:
+    """Faults of a dialogue that ends with a question, as "field must ...; got ... . Remedy." strings."""
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return [f"messages must be a non-empty list of turns; got {messages!r}. Write [{{role, content}}, ...]."]
     faults = []

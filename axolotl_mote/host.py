@@ -17,12 +17,16 @@ def quantize_through_model_kwargs(cfg: dict[str, Any]) -> None:
     if not (cfg.get("load_in_4bit") or cfg.get("load_in_8bit")):
         return
     if cfg.get("load_in_4bit"):
-        compute = "bfloat16" if cfg.get("bf16") else "float16" if cfg.get("fp16") else "float32"
+        from transformers.utils import is_torch_bf16_gpu_available
+
+        bf16 = cfg.get("bf16", "auto")
+        bf16 = is_torch_bf16_gpu_available() if bf16 == "auto" else bf16
         quantization = {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": compute,
+            "bnb_4bit_quant_storage": "bfloat16",  # ZeRO-3 can only split floating point
+            "bnb_4bit_compute_dtype": "bfloat16" if bf16 else "float16" if cfg.get("fp16") else "float32",
             **(cfg.get("bnb_config_kwargs") or {}),
         }
     else:
@@ -41,16 +45,21 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
 
     from axolotl_mote.attention import DENSE, implementation_of, prepare_attention
 
-    if cfg.load_in_4bit or cfg.load_in_8bit:
-        if getattr(model, "quantization_method", None) is None:
-            key = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit"
-            raise ValueError(f"{key} must quantize the base model; it was loaded in {model.dtype}. Remove the key.")
-        if not partitioned(model):
-            from peft import prepare_model_for_kbit_training
-
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(cfg.gradient_checkpointing))
+    key = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit" if cfg.load_in_8bit else None
+    if key and getattr(model, "quantization_method", None) is None:
+        raise ValueError(f"{key} must quantize the base model; it was loaded in {model.dtype}. Remove the key.")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            "The model must lie on one device per process with adapter: mote; axolotl spread it over several. Launch "
+            "with `--launcher torchrun` (one process per GPU), or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
     if any(step_dropout):
-        if torch.cuda.is_available() and implementation_of(model.config) in DENSE:
+        if cfg.attn_implementation == "fp8":
+            raise ValueError(
+                "attn_implementation must not be fp8 with mote.step_dropout, which its kernel would ignore. "
+                "Use flex_attention, or set mote.step_dropout: 0."
+            )
+        if torch.cuda.is_available() and implementation_of(model.config) in DENSE and _takes_flex(model):
             # A dense mask costs about half a training step more on a GPU; flex_attention costs nothing.
             LOG.info("mote.step_dropout: %s -> flex_attention", implementation_of(model.config))
             model.set_attn_implementation("flex_attention")
@@ -59,15 +68,23 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
     return model
 
 
-def partitioned(model: Any) -> bool:
-    """Whether DeepSpeed ZeRO-3 has split the model's parameters over the ranks."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+def _takes_flex(model: Any) -> bool:
+    """flex_attention has no dropout of its own, and some models do not run on it."""
+    text = model.config.get_text_config()
+    return bool(getattr(model, "_supports_flex_attn", True)) and not getattr(text, "attention_dropout", 0)
 
 
-def compile_layers(model: Any, backend: str) -> None:
+def zero3() -> bool:
+    """Whether DeepSpeed ZeRO-3 splits, or is going to split, the parameters over the ranks; axolotl says so here."""
+    return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def compile_layers(model: Any, cfg: Any) -> None:
     """Compile each decoder layer on its own: they share one compilation, and the routing stays outside."""
+    backend = cfg.torch_compile_backend or "inductor"
+    options = dict(cfg.torch_compile_options or {}) or None
     for layer in model.get_base_model().get_decoder().layers:
-        layer.compile(backend=backend)
+        layer.compile(backend=backend, mode=cfg.torch_compile_mode, options=options)
     LOG.info("mote.compile: each decoder layer on its own, through %s", backend)
 
 

@@ -40,7 +40,14 @@ def token_weights(targets: Tensor, target_steps: Tensor, step_weights: Sequence[
     return weights * (targets != IGNORE_INDEX)
 
 
-def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int) -> Tensor:
+def chunk_size(vocab_size: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(256, _CHUNK_ELEMENTS // vocab_size)
+
+
+def token_losses(
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, chunks: int | None = None
+) -> Tensor:
     """Negative log-likelihood of every target, float32, in chunks of tokens.
 
     Args:
@@ -48,23 +55,24 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tenso
         targets: Shifted labels, shape (B, T); -100 gives 0.
         head: (N, D) -> logits (N, V).
         vocab_size: V, for the chunk size.
+        chunks: Number of chunks, for those who must call the head equally often whatever T is; None: as many as needed.
 
     Returns:
         Losses, shape (B, T), float32.
     """
     flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
-    chunk = max(256, _CHUNK_ELEMENTS // vocab_size)
+    chunks = chunks or -(-flat.shape[0] // chunk_size(vocab_size))
 
     def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
 
-    if flat.shape[0] <= chunk:
+    if chunks == 1:
         losses = chunk_loss(flat, flat_targets)
     else:
         losses = torch.cat(
             [
                 checkpoint(chunk_loss, *part, use_reentrant=False)
-                for part in zip(flat.split(chunk), flat_targets.split(chunk), strict=True)
+                for part in zip(flat.tensor_split(chunks), flat_targets.tensor_split(chunks), strict=True)
             ]
         )
     return losses.view_as(targets)

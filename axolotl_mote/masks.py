@@ -44,7 +44,7 @@ def visible(visibility: Visibility, window: int | None = None) -> Callable[[Tens
         window: A token sees at most this many tokens, itself included; None means all.
     """
     documents, step_ids, hidden = visibility.documents, visibility.step_ids, visibility.hidden
-    positions, valid = visibility.positions, visibility.valid
+    positions, valid = visibility.positions.int(), visibility.valid
 
     def predicate(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         same_document = (documents[b, q] == documents[b, kv]) & valid[b, kv]
@@ -71,7 +71,11 @@ def flex_mask(visibility: Visibility, window: int | None = None) -> BlockMask:
     """Render the rule as a BlockMask for flex_attention, one for all heads; T need not be a multiple of the block."""
     batch, length = visibility.step_ids.shape
     device = visibility.step_ids.device
-    return create_block_mask(visible(visibility, window), batch, None, length, length, device=str(device))
+    # Compiled, it never holds the T x T pairs that it asks about; transformers does the same. Eager on the CPU, where
+    # this serves tests alone.
+    compiled = device.type == "cuda"
+    rule = visible(visibility, window)
+    return create_block_mask(rule, batch, None, length, length, device=str(device), _compile=compiled)
 
 
 @dataclass

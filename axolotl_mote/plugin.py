@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from axolotl_mote.args import MoteOptions, check_config
 from axolotl_mote.host import (
     compile_layers,
     let_cpu_processes_meet,
-    partitioned,
     prepare_base,
     quantize_through_model_kwargs,
+    zero3,
 )
 from axolotl_mote.steps import markers
 
@@ -44,6 +45,11 @@ class MotePlugin(BasePlugin):
         extra = list(special.get("additional_special_tokens") or [])
         special["additional_special_tokens"] = extra + [text for text in markers(options.steps) if text not in extra]
         cfg["special_tokens"] = special
+        if cfg.get("inference"):
+            cfg.setdefault("chat_template", "tokenizer_default")  # without one axolotl feeds the text as it is typed
+        if cfg.get("dataset_prepared_path"):
+            # axolotl knows a prepared data set by the file's name: chains that were built anew would not be noticed.
+            cfg["dataset_prepared_path"] = str(Path(cfg["dataset_prepared_path"]) / _digest_of_chains(cfg))
         let_cpu_processes_meet(bool(cfg.get("deepspeed")))
 
     def get_input_args(self) -> str:
@@ -60,9 +66,8 @@ class MotePlugin(BasePlugin):
 
         if getattr(self, "_debug", False):
             cfg.debug = True
-        for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]:
-            path = Path(str(entry.get("path")))
-            if entry.get("type") == CHAIN_TYPE and path.is_file() and path.suffix in (".json", ".jsonl"):
+        for path in _chain_files(cfg):
+            if path.suffix in (".json", ".jsonl"):
                 check_file(path, _options(cfg).steps)
 
     def get_lora_config_kwargs(self, cfg: Any) -> dict[str, Any]:
@@ -102,14 +107,15 @@ class MotePlugin(BasePlugin):
         from axolotl_mote.adapter import add_mote_adapter
         from axolotl_mote.chain import marker_ids, marker_words
         from axolotl_mote.config import MoteConfig
+        from axolotl_mote.loss import chunk_size
 
         options, tokenizer = _options(cfg), load_tokenizer(cfg)
         if model is not None:
             model.get_input_embeddings().num_embeddings = self._true_rows
             model = prepare_base(model, cfg, options.dropout_probabilities)
-        targets = list(cfg.lora_target_modules or [])
+        targets = cfg.lora_target_modules or []
         if cfg.lora_target_linear and model is not None:
-            targets = sorted({*targets, *find_all_linear_names(model)})
+            targets = sorted({*([targets] if isinstance(targets, str) else targets), *find_all_linear_names(model)})
         config = MoteConfig(
             r=cfg.lora_r,
             lora_alpha=cfg.lora_alpha or cfg.lora_r,
@@ -132,14 +138,7 @@ class MotePlugin(BasePlugin):
         if cfg.lora_model_dir:
             serving = bool(inference or cfg.inference)
             model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not serving, **kwargs)
-            trained = model.peft_config["default"]
-            if (trained.steps, trained.marker_ids) != (config.steps, config.marker_ids):
-                raise ValueError(
-                    f"mote.steps and the tokenizer must be those of the adapter in {cfg.lora_model_dir}, "
-                    f"{trained.steps} with ids {trained.marker_ids}; got {config.steps} with {config.marker_ids}. "
-                    "Copy mote.steps from its adapter_config.json and set tokenizer_config to its folder."
-                )
-            config = trained
+            config = _same_experts(model.peft_config["default"], config, cfg.lora_model_dir)
         else:
             # Loading the base model draws numbers, and not equally many under ZeRO-3: without this the fresh experts
             # would depend on how the run is launched.
@@ -148,6 +147,10 @@ class MotePlugin(BasePlugin):
         routing = model.base_model.routing
         routing.seed = cfg.seed or 0
         routing.step_dropout = options.dropout_probabilities
+        if zero3():
+            tokens = cfg.sequence_len * max(cfg.micro_batch_size, cfg.eval_batch_size or 1)
+            size = chunk_size(model.config.get_text_config().vocab_size)
+            model.base_model.loss_chunks = max(1, -(-tokens // size))
         model.print_trainable_parameters()
         return model, config
 
@@ -157,8 +160,8 @@ class MotePlugin(BasePlugin):
             return
         wanted = _options(cfg).compile
         # ZeRO-3 hooks into every layer after this. Whether compiled layers bear it is untested: only when asked for.
-        if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda" and not partitioned(model)):
-            compile_layers(model, cfg.torch_compile_backend or "inductor")
+        if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda" and not zero3()):
+            compile_layers(model, cfg)
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """The trainer with MoTE's loss, for `adapter: mote` and for chain data under another adapter."""
@@ -183,6 +186,35 @@ def _concerns(cfg: Any) -> bool:
     """Whether a configuration uses MoTE or chain data."""
     entries = [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]
     return cfg.get("adapter") == "mote" or any(entry.get("type") == CHAIN_TYPE for entry in entries)
+
+
+def _chain_files(cfg: Any) -> list[Path]:
+    """Local files of chains that a configuration names."""
+    entries = [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]
+    paths = [Path(str(entry.get("path"))) for entry in entries if entry.get("type") == CHAIN_TYPE]
+    return [path for path in paths if path.is_file()]
+
+
+def _digest_of_chains(cfg: Any) -> str:
+    digest = hashlib.sha256()
+    for path in _chain_files(cfg):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def _same_experts(trained: Any, config: Any, folder: str) -> Any:
+    """The configuration of a loaded adapter; what the YAML says otherwise would be ignored, so it is an error."""
+    names = ("steps", "marker_ids", "r", "lora_alpha", "expert_weight", "question_routing")
+    for name in names:
+        theirs, ours = getattr(trained, name), getattr(config, name)
+        if theirs != ours:
+            key = {"r": "lora_r", "lora_alpha": "lora_alpha", "marker_ids": "tokenizer"}.get(name, f"mote.{name}")
+            raise ValueError(
+                f"{key} must be that of the adapter in {folder}, {theirs}; got {ours}. "
+                "Copy it from its adapter_config.json; the tokenizer is set with tokenizer_config: its folder."
+            )
+    return trained
 
 
 def _options(cfg: Any) -> MoteOptions:

@@ -29,6 +29,7 @@ class MoteTrainer(AxolotlTrainer):
 
     chain_config: MoteConfig
     loss_weights: Sequence[float]
+    _evaluating = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -41,12 +42,13 @@ class MoteTrainer(AxolotlTrainer):
         """Total weight of the accumulation window over all ranks, a scalar tensor.
 
         Evaluation counts on this rank alone: ranks may hold different numbers of batches and would wait for each
-        other.
+        other. The model's mode does not tell the two apart: the first window after an evaluation is counted before the
+        model is back in training mode.
         """
         total = torch.zeros((), device=device)
         for batch in batch_samples:
             total += self._weights(batch)[0].sum().to(device)
-        return self.accelerator.reduce(total, reduction="sum") if self.model.training else total
+        return total if self._evaluating else self.accelerator.reduce(total, reduction="sum")
 
     def _weights(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, targets and their steps for a batch, each of shape (B, T)."""
@@ -126,7 +128,11 @@ class MoteTrainer(AxolotlTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate; `eval_loss` becomes the mean over tokens, however they were batched, and each step gets its own."""
         self._sums.pop("eval", None)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._evaluating = True
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self._evaluating = False
         metrics = self._metrics("eval")
         if "weighted" in metrics:
             output.metrics[f"{metric_key_prefix}_loss"] = metrics.pop("weighted")

@@ -16,7 +16,7 @@ sys.path.insert(0, str(DOCS))
 
 import draw  # noqa: E402
 
-from axolotl_mote.args import _REFUSED, _REFUSED_ABOVE_ONE, MoteOptions  # noqa: E402
+from axolotl_mote.args import _REFUSED, _REFUSED_ABOVE_ONE, _REFUSED_WITH_CHAINS, MoteOptions  # noqa: E402
 
 HEAD = """\
 # Configuration reference
@@ -102,6 +102,8 @@ def refused_table() -> str:
     rows += [f"| `{key}` | {remedy} |" for key, remedy in _REFUSED.items()]
     keys = ", ".join(f"`{key}`" for key in _REFUSED_ABOVE_ONE)
     rows.append(f"| {keys} above 1 | A split sequence or layer cannot be routed or masked. Use DeepSpeed ZeRO-3. |")
+    rows += [f"| `{key}` (any adapter, with chain data) | {remedy} |" for key, remedy in _REFUSED_WITH_CHAINS.items()]
+    rows.append("| `excess_length_strategy` other than `drop` (the same) | A chain is never cut. Remove it. |")
     return "\n".join(rows)
 
 
@@ -122,6 +124,9 @@ def configuration() -> str:
             "| `lora_target_linear`, `lora_target_modules` | which linear layers carry experts; the paper uses all |",
             "| `sequence_len` | chains longer than this are dropped and counted, never cut |",
             "| `lora_model_dir` | continues from a trained adapter |",
+            "| `dataset_prepared_path` | gets a folder per content of the chain files: new chains are prepared anew |",
+            "| `torch_compile`, and its `backend`, `mode`, `options` | each decoder layer is compiled on its own |",
+            "| `chat_template` | `tokenizer_default` for `axolotl inference` where it is not set |",
             "",
             "## Refused with `adapter: mote`\n",
             "What could not be honoured is an error at validation time, before any model is loaded.\n",

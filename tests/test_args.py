@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from axolotl_mote.args import _KERNELS, _REFUSED, _REFUSED_ABOVE_ONE, MoteArgs, MoteOptions, check_config
+from axolotl_mote.args import (
+    _KERNELS,
+    _REFUSED,
+    _REFUSED_ABOVE_ONE,
+    _REFUSED_WITH_CHAINS,
+    MoteArgs,
+    MoteOptions,
+    check_config,
+)
 
 STEPS = ["analysis", "guidance", "response"]
 
@@ -122,6 +130,22 @@ def test_a_key_that_cannot_be_honoured_is_refused_with_its_way_out(key: str) -> 
     check_config(config(**{key: None}))
 
 
+@pytest.mark.parametrize("adapter", ["mote", "lora"])
+@pytest.mark.parametrize(("key", "value"), [*dict.fromkeys(_REFUSED_WITH_CHAINS, True).items(), ("x", "cut")])
+def test_chain_data_is_refused_with_what_would_change_it(key: str, value: Any, adapter: str) -> None:
+    key, value = ("excess_length_strategy", "truncate") if key == "x" else (key, value)
+    with pytest.raises(ValidationError, match=rf"{key} must .* with chain data; got"):
+        MoteArgs.model_validate(config(adapter=adapter, datasets=[CHAINS], **{key: value}))
+    MoteArgs.model_validate(config(adapter="lora", datasets=[TEXT], **{key: value}))
+
+
+@pytest.mark.parametrize("targets", ["lm_head", ["q_proj", "lm_head"], ["model.embed_tokens"]])
+def test_the_ends_of_the_model_carry_no_experts(targets: Any) -> None:
+    with pytest.raises(ValueError, match="lora_target_modules must name linear layers of the decoder"):
+        check_config(config(lora_target_modules=targets))
+    check_config(config(lora_target_modules=["q_proj"]))
+
+
 @pytest.mark.parametrize("key", _REFUSED_ABOVE_ONE)
 def test_a_split_sequence_or_layer_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"^{key} must be 1 with adapter: mote; got 2\. .*Use DeepSpeed ZeRO-3"):
@@ -207,6 +231,38 @@ def test_the_users_special_tokens_are_kept() -> None:
     cfg = validated(config(datasets=[CHAINS], mote={"steps": ["response"]}, special_tokens=special))
     assert cfg.special_tokens.pad_token == "<pad>"
     assert cfg.special_tokens.additional_special_tokens == ["<mine>", "<|response|>", "<|/response|>"]
+
+
+def test_prepared_chains_are_known_by_their_content(tmp_path: Any) -> None:
+    chains = tmp_path / "chains.jsonl"
+
+    def prepared(content: str) -> str:
+        chains.write_text(content)
+        raw = config(datasets=[{**CHAINS, "path": str(chains)}], dataset_prepared_path="prepared")
+        return str(validated(raw).dataset_prepared_path)
+
+    assert prepared("a").startswith("prepared/")
+    assert prepared("a") == prepared("a") != prepared("b")
+    assert validated(config(datasets=[CHAINS])).dataset_prepared_path is None
+
+
+def test_inference_gets_a_chat_template() -> None:
+    assert validated(config(datasets=[CHAINS], inference=True, lora_model_dir="x")).chat_template == "tokenizer_default"
+    assert validated(config(datasets=[CHAINS])).chat_template is None
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "expert_weight", "question_routing", "steps", "marker_ids"])
+def test_a_loaded_adapter_must_be_what_the_yaml_says(name: str) -> None:
+    from dataclasses import replace
+
+    from axolotl_mote.config import MoteConfig
+    from axolotl_mote.plugin import _same_experts
+
+    config = MoteConfig(r=4, lora_alpha=8, steps=["a", "b"], marker_ids=[1, 2, 3, 4])
+    assert _same_experts(config, replace(config), "out") is config
+    other = {"question_routing": "shared", "steps": ["a", "c"], "marker_ids": [1, 2, 3, 5]}.get(name, 0.25)
+    with pytest.raises(ValueError, match="must be that of the adapter in out"):
+        _same_experts(config, replace(config, **{name: other}), "out")
 
 
 @pytest.mark.parametrize(

@@ -237,8 +237,23 @@ def test_existing_output_is_kept(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="must not exist yet"):
         export_adapter(adapter, tmp_path / "out")
-    export_adapter(adapter, tmp_path / "out", overwrite=True, verify=False)
-    assert (tmp_path / "out/export.json").exists()
+    for _ in range(2):
+        export_adapter(adapter, tmp_path / "out", overwrite=True, verify=False)
+        assert (tmp_path / "out/export.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"), [("adapter", "must not hold"), (".", "must not hold"), ("mine", "only")]
+)
+def test_overwrite_replaces_nothing_but_an_export(tmp_path, output, message):
+    _, _, adapter = tiny_folder(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/precious.txt").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        export_adapter(adapter, tmp_path / output, overwrite=True, verify=False)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_adapters_name_their_base_from_anywhere(tmp_path, monkeypatch):

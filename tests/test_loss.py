@@ -42,6 +42,18 @@ def test_chunks_change_neither_loss_nor_gradient(chunked: bool, monkeypatch: pyt
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradient, exact, strict=True))
 
 
+def test_the_head_is_called_equally_often_whatever_the_length() -> None:
+    """ZeRO-3 fetches the head for every call: ranks with batches of different lengths must not differ in them."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 50)
+    for length in (2, 301, 700):
+        calls = []
+        hidden, targets = torch.randn(1, length, 16), torch.randint(0, 50, (1, length))
+        losses = token_losses(hidden, targets, lambda x: calls.append(1) or head(x), 50, chunks=3)  # noqa: B023
+        assert len(calls) == 3
+        assert torch.allclose(losses, token_losses(hidden, targets, head, 50), atol=1e-6)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_token_losses_equal_those_of_the_models_own_logits(family: str) -> None:
@@ -102,11 +114,21 @@ def batch(*rows: list[int]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def test_evaluation_counts_on_its_own_rank() -> None:
+    made = trainer([1.0, 1.0, 1.0, 1.0], other_rank=10.0)
+    window, device = [batch(chain(seed=1))], torch.device("cpu")
+    everywhere = made._get_num_items_in_batch(window, device)
+    made._evaluating = True
+    assert made._get_num_items_in_batch(window, device) == everywhere - 10
+
+
 def test_loss_is_the_weighted_mean_over_the_whole_window_and_all_ranks() -> None:
     weights = [1.0, 0.5, 2.0, 1.0]
     window = [batch(chain(seed=1), chain(analysis=0, seed=2)), batch(chain(guidance=9, seed=3))]
     made = trainer(weights, other_rank=10.0)
+    made.model.eval()  # as an evaluation leaves it; the trainer counts the next window before it trains on
     total = made._get_num_items_in_batch(window, torch.device("cpu"))
+    made.model.train()
     losses = [loss_of(made, micro, total) for micro in window]
 
     expected, weight_sum = 0.0, 0.0

@@ -15,15 +15,19 @@ class BuildStopped(Exception):
 
 
 class FatalCallError(BuildStopped):
-    """No question can succeed: wrong key, unknown model, unknown address."""
+    """A server turned a call down, and every other one would be: wrong key, unknown model, wrong path."""
 
 
 class BudgetReached(BuildStopped):
     """The budget of this run is used up."""
 
 
+class ServersSilent(BuildStopped):
+    """No server of a model answered anything for as long as a call is tried."""
+
+
 class CallPutOff(Exception):
-    """One call did not succeed in time; its question is asked again by the next run."""
+    """One call did not succeed in time, though others did; its question is asked again by the next run."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ _CONTROL = re.compile(
     re.IGNORECASE,
 )
 _EDGES = re.compile(rf"\A(?:\s|{_CONTROL.pattern})+|(?:\s|{_CONTROL.pattern})+\Z", re.IGNORECASE)
-_THINKING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_THINKING = re.compile(r"\A(?:.*</think>)?(?:\s*<think>.*)?", re.DOTALL)
 
 _PERMUTATIONS = 64
 _CANNOT = r"(?:can'?t|cannot|can not|won'?t|am unable|am not able)\b"
@@ -42,13 +42,27 @@ def neutralise(text: str) -> tuple[str, int]:
     return _CONTROL.subn(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
 
+def encodable(text: str) -> str:
+    """Text that UTF-8 can hold: halves of surrogate pairs, which JSON can spell, become "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def without_thinking(text: str) -> str:
+    """Generated text without the reasoning before it.
+
+    A template may have opened ``<think>`` in the prompt, so everything up to the last ``</think>`` is reasoning; and
+    everything, if an opened one is never closed.
+    """
+    return _THINKING.sub("", text, count=1)
+
+
 def clean(text: str) -> tuple[str, int]:
-    """Generated text as it may be stored: no leading reasoning block, no control tokens at the ends, none inside.
+    """Generated text as it may be stored: UTF-8, no reasoning before it, no control tokens at the ends, none inside.
 
     Returns:
         The text and how many control tokens were broken up inside it.
     """
-    return neutralise(_EDGES.sub("", _THINKING.sub("", text)).strip())
+    return neutralise(_EDGES.sub("", without_thinking(encodable(text))).strip())
 
 
 def defect(completion: Completion, text: str, rules: Hygiene) -> str | None:
@@ -121,9 +135,6 @@ class SimilarTexts:
             self._blank = MinHash(num_perm=_PERMUTATIONS, hashfunc=crc32)
             self._texts: dict[str, str] = {}
 
-    def __bool__(self) -> bool:
-        return bool(self._exact)
-
     def find(self, text: str) -> str | None:
         """Name of an earlier text that is nearly the same, or None."""
         key = normalise(text)
@@ -153,6 +164,33 @@ class SimilarTexts:
             sketch.update_batch([gram.encode("utf-8", "surrogatepass") for gram in _grams(key)])
             self._latest = (key, sketch)
         return self._latest[1]
+
+
+class ContainedTexts:
+    """Finds remembered texts word for word inside others, in time that hardly depends on how many are remembered.
+
+    Texts of fewer than three words are not remembered: "Yes." may well stand in any other text.
+    """
+
+    def __init__(self) -> None:
+        self._texts: set[tuple[str, ...]] = set()
+        self._lengths: dict[tuple[str, ...], set[int]] = {}  # of the texts that begin with these three words
+
+    def add(self, text: str) -> None:
+        """Remember a text."""
+        words = tuple(normalise(text).split())
+        if len(words) >= 3:
+            self._texts.add(words)
+            self._lengths.setdefault(words[:3], set()).add(len(words))
+
+    def inside(self, text: str) -> bool:
+        """True if a remembered text stands in this one; case and punctuation do not count."""
+        words = tuple(normalise(text).split())
+        return any(
+            words[i : i + length] in self._texts
+            for i in range(len(words) - 2)
+            for length in self._lengths.get(words[i : i + 3], ())
+        )
 
 
 def _grams(text: str) -> set[str]:

@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from axolotl_mote.builder.calls import BudgetMeter, Call, Completion
+from axolotl_mote.builder.calls import BudgetMeter, Call, Completion, Messages
 from axolotl_mote.builder.settings import LocalModel, Stage
 from axolotl_mote.builder.verdict import VERDICT_LINES
 from axolotl_mote.chain import encode_question, encode_text
@@ -73,6 +73,7 @@ class LocalClient:
             raise ValueError(
                 f"models.*.path must have a chat template; got {spec.path} without one. Use an instruct model."
             )
+        self._refuses_system = _refuses_system(self._tokenizer)
         device = spec.device if spec.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self._model = AutoModelForCausalLM.from_pretrained(spec.path, dtype=spec.dtype, **common).to(device).eval()
         self._ends = _end_ids(self._model, self._tokenizer)
@@ -90,27 +91,37 @@ class LocalClient:
             stage: How to sample.
 
         Returns:
-            B completions; a call that does not fit into the model's context is ``refused``.
+            B completions; a call that does not fit into the model's context, or that its chat template does not take,
+            is ``refused``.
 
         Raises:
             BudgetReached: If the budget does not allow B requests.
         """
         self._budget.start(len(calls))
-        prompts = [encode_question(self._tokenizer, call.messages) for call in calls]
-        fits = [i for i, ids in enumerate(prompts) if len(ids) + stage.max_new_tokens <= self._limit]
-        texts = self._generate([prompts[i] for i in fits], [calls[i].seed for i in fits], stage) if fits else []
+        encoded = [self._encode(call.messages, stage) for call in calls]
+        rows = [(ids, call.seed) for ids, call in zip(encoded, calls, strict=True) if not isinstance(ids, str)]
+        texts = iter(self._generate([ids for ids, _ in rows], [seed for _, seed in rows], stage) if rows else [])
         results = [
-            Completion(f"{len(ids)} prompt tokens do not fit into {self._limit}", "refused", model=self.name)
-            for ids in prompts
+            Completion(ids, "refused", model=self.name) if isinstance(ids, str) else self._completion(ids, next(texts))
+            for ids in encoded
         ]
-        for i, new_ids in zip(fits, texts, strict=True):
-            ended = bool(new_ids) and new_ids[-1] in self._ends
-            text = self._tokenizer.decode(new_ids[:-1] if ended else new_ids, skip_special_tokens=False)
-            finish = "stop" if ended else "length"
-            results[i] = Completion(text, finish, len(prompts[i]), len(new_ids), self.name)  # type: ignore[arg-type]
         for completion in results:
             self._budget.finish(completion)
         return results
+
+    def _encode(self, messages: Messages, stage: Stage) -> list[int] | str:
+        """Token ids of a prompt, or why this model cannot be asked."""
+        try:
+            ids = encode_question(self._tokenizer, _fold_system(messages) if self._refuses_system else messages)
+        except ValueError as error:
+            return str(error)
+        fits = len(ids) + stage.max_new_tokens <= self._limit
+        return ids if fits else f"{len(ids)} prompt tokens do not fit into {self._limit}"
+
+    def _completion(self, prompt: list[int], new_ids: list[int]) -> Completion:
+        ended = bool(new_ids) and new_ids[-1] in self._ends
+        text = self._tokenizer.decode(new_ids[:-1] if ended else new_ids, skip_special_tokens=False)
+        return Completion(text, "stop" if ended else "length", len(prompt), len(new_ids), self.name)
 
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], seeds: list[int], stage: Stage) -> list[list[int]]:
@@ -126,6 +137,24 @@ class LocalClient:
             generation_config=_greedy(self._model.generation_config, stage.max_new_tokens, self._ends, self._pad),
         )
         return [_up_to_end(row[width:], self._ends) for row in output.tolist()]
+
+
+def _refuses_system(tokenizer: Any) -> bool:
+    """Whether the chat template raises at a system turn, as Gemma's and Mistral's do."""
+    try:
+        encode_question(tokenizer, [{"role": role, "content": "x"} for role in ("system", "user")])
+    except ValueError:
+        return True
+    return False
+
+
+def _fold_system(messages: Messages) -> Messages:
+    """The dialogue with its system turn put before the text of the first user turn."""
+    first = next((i for i, turn in enumerate(messages) if turn["role"] == "user"), 0)
+    if messages[0]["role"] != "system" or not first:
+        return messages
+    content = f"{messages[0]['content']}\n\n{messages[first]['content']}"
+    return [*messages[1:first], {"role": "user", "content": content}, *messages[first + 1 :]]
 
 
 def _processors(stage: Stage, seeds: list[int], first: Sequence[LogitsProcessor]) -> LogitsProcessorList:

@@ -195,7 +195,7 @@ def _manifest(
         "prompts": {
             stage: {"file": prompts.files[stage], "sha256_16": prompts.hashes[stage]} for stage in prompts.hashes
         },
-        "inputs": {s.path: _input_hash(s) for s in (*settings.questions, *settings.exclude)},
+        "inputs": {s.label: _input_hash(s) for s in (*settings.questions, *settings.exclude)},
         "counts": counts,
         "calls": dict(sorted(calls.items())),
         "answered_by": dict(sorted(answered.items())),

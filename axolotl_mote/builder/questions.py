@@ -8,17 +8,23 @@ with a reason. It knows nothing about models.
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
+import io
 import json
+import random
 import re
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from axolotl_mote.builder.calls import Messages
-from axolotl_mote.builder.hygiene import SimilarTexts
+from axolotl_mote.builder.hygiene import ContainedTexts, SimilarTexts, encodable
 from axolotl_mote.builder.settings import QuestionSource
 
 COLUMNS = ("messages", "chosen", "prompt", "question", "forbidden_prompt")
@@ -75,7 +81,7 @@ def parse_transcript(text: str) -> Messages:
 
 
 def parse_row(row: dict[str, Any], column: str | None) -> tuple[Messages, str]:
-    """The dialogue in a row and the column it came from.
+    """The dialogue in a row, as valid UTF-8, and the column it came from.
 
     Raises:
         KeyError: If the row has none of the columns.
@@ -91,19 +97,22 @@ def parse_row(row: dict[str, Any], column: str | None) -> tuple[Messages, str]:
         messages = _up_to_last_user(_join_neighbours([_turn(turn) for turn in value]))
     if not messages or not all(turn["content"] for turn in messages):
         raise ValueError("empty turn" if messages else "no user turn")
-    return messages, name
+    return [{**turn, "content": encodable(turn["content"])} for turn in messages], name
 
 
 def load_questions(
-    sources: Iterable[QuestionSource], excluded: Iterable[QuestionSource] = (), deduplicate: float | None = 0.8
+    sources: Iterable[QuestionSource],
+    excluded: Iterable[QuestionSource] = (),
+    deduplicate: float | None = 0.8,
+    seed: int = 0,
 ) -> tuple[list[Question], list[Dropped]]:
     """Read all sources.
 
     Args:
         sources: Where questions come from, in this order.
-        excluded: Evaluation prompts; a question is dropped if all its user turns together are one of them, or
-            nearly, or one of its user turns of three or more words is ("Yes." may well stand in both).
+        excluded: Evaluation prompts; see ``Exam``.
         deduplicate: Similarity from which two texts are nearly the same; None: only identical ones.
+        seed: Of sources with ``sample``.
 
     Returns:
         The questions in the order of the sources, and the rows dropped. Reasons: unusable_question,
@@ -112,17 +121,17 @@ def load_questions(
     Raises:
         ValueError: If a file cannot be read, or no row of a source has a question.
     """
-    evaluation = SimilarTexts(deduplicate)
+    exam = Exam(deduplicate or 0.8)
     for source in excluded:
-        for row, messages, _ in _dialogues(source):
+        for _, messages, _ in _dialogues(source, seed):
             if messages:
-                evaluation.add(f"{source.path}:{row}", _user_text(messages))
+                exam.add(messages)
     questions: list[Question] = []
     dropped: list[Dropped] = []
     seen_ids: set[str] = set()
     seen = SimilarTexts(deduplicate)
     for source in sources:
-        for row, messages, columns in _dialogues(source):
+        for row, messages, columns in _dialogues(source, seed):
             name = question_id(messages)
             text = "\n".join(turn["content"] for turn in messages)
             reason = None
@@ -130,12 +139,12 @@ def load_questions(
                 reason = "unusable_question"
             elif name in seen_ids:
                 reason = "duplicate_question"
-            elif evaluation and any(map(evaluation.find, _exam_texts(messages))):
+            elif exam.holds(messages):
                 reason = "excluded"
             elif deduplicate is not None and seen.find(text):
                 reason = "near_duplicate_question"
             if reason:
-                dropped.append(Dropped(source.path, row, reason, messages, columns))
+                dropped.append(Dropped(source.label, row, reason, messages, columns))
                 continue
             seen_ids.add(name)
             seen.add(name, text)
@@ -143,26 +152,61 @@ def load_questions(
     return questions, dropped
 
 
-def read_rows(source: QuestionSource) -> Iterator[dict[str, Any]]:
-    """The rows of a source, one at a time.
+class Exam:
+    """The contamination guard: evaluation prompts that no question may be or hold.
+
+    A question is one of them if all its user turns together are, or nearly, or one of its turns of three or more words
+    is ("Yes." may well stand in both). It holds one if the prompt, of three or more words, stands in its user turns
+    word for word.
+
+    Args:
+        threshold: Jaccard similarity of what is nearly the same.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        self._similar, self._contained, self._count = SimilarTexts(threshold), ContainedTexts(), 0
+
+    def add(self, messages: Messages) -> None:
+        """Remember an evaluation prompt."""
+        self._count += 1
+        self._similar.add(str(self._count), _user_text(messages))
+        self._contained.add(_user_text(messages))
+
+    def holds(self, messages: Messages) -> bool:
+        """True if a question must not be trained on."""
+        if not self._count:
+            return False
+        turns = [turn["content"] for turn in messages if turn["role"] == "user" and len(turn["content"].split()) >= 3]
+        whole = _user_text(messages)
+        return self._contained.inside(whole) or any(map(self._similar.find, [whole, *turns]))
+
+
+def read_rows(source: QuestionSource, seed: int = 0) -> Iterable[tuple[int, dict[str, Any]]]:
+    """The rows of a source with their numbers from 1.
 
     Raises:
         ValueError: If the file is missing or a line is no JSON object; all such lines at once.
     """
     path = Path(source.path)
-    if path.suffix in _READERS:
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind in _READERS:
         if not path.is_file():
             raise ValueError(f"questions.path must be an existing file; got {path}. Correct the path.")
-        rows = _READERS[path.suffix](path)
+        rows = _READERS[kind](path)
     else:
         rows = _read_dataset(source)
-    return islice(rows, source.limit)
+    numbered = enumerate(islice(rows, source.limit), start=1)
+    if source.sample is None:
+        return numbered
+    draw = random.Random(seed)  # each row gets its own number, whatever the size of the sample
+    return sorted(nsmallest(source.sample, numbered, key=lambda _: draw.random()), key=lambda row: row[0])
 
 
-def _dialogues(source: QuestionSource) -> Iterator[tuple[int, Messages, dict[str, Any]]]:
+def _dialogues(source: QuestionSource, seed: int) -> Iterator[tuple[int, Messages, dict[str, Any]]]:
     """Row number from 1, dialogue (empty if unusable) and further columns of each row."""
-    missing = usable = number = 0
-    for number, row in enumerate(read_rows(source), start=1):
+    missing = usable = count = 0
+    for number, row in read_rows(source, seed):
+        count += 1
         try:
             messages, column = parse_row(row, source.column)
             usable += 1
@@ -173,14 +217,24 @@ def _dialogues(source: QuestionSource) -> Iterator[tuple[int, Messages, dict[str
         yield number, messages, {key: value for key, value in row.items() if key not in drop}
     if not usable:
         raise ValueError(
-            f"{source.path} must hold questions in column {source.column or ' or '.join(COLUMNS)}; got {number} rows, "
+            f"{source.label} must hold questions in column {source.column or ' or '.join(COLUMNS)}; got {count} rows, "
             f"{missing} of them without such a column. Set questions.column."
         )
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of bytes, unpacked if it ends in .gz."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} must be a whole gzip file; got: {error}. Fetch it again.") from error
+
+
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     faults = []
-    with path.open("rb") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -199,8 +253,10 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    with _opened(path) as file:
+        content = file.read()
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(content)
     except ValueError as error:
         raise ValueError(
             f"{path} must hold a JSON list of objects; got: {error}. Use .jsonl for one a line."
@@ -219,8 +275,8 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+    with _opened(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
+        yield from csv.DictReader(lines)
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -229,18 +285,13 @@ _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".par
 def _read_dataset(source: QuestionSource) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
-    for row in load_dataset(source.path, source.name, split=source.split, revision=source.revision):
+    where = {"data_dir": source.data_dir, "split": source.split, "revision": source.revision}
+    for row in load_dataset(source.path, source.name, **where):
         yield dict(row)
 
 
 def _user_text(messages: Messages) -> str:
     return "\n".join(turn["content"] for turn in messages if turn["role"] == "user")
-
-
-def _exam_texts(messages: Messages) -> list[str]:
-    """The texts of a question that must not be evaluation prompts."""
-    turns = [turn["content"] for turn in messages if turn["role"] == "user"]
-    return [_user_text(messages), *(turn for turn in turns if len(turn.split()) >= 3)]
 
 
 def _user(text: str) -> dict[str, str]:

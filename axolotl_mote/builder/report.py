@@ -20,23 +20,20 @@ def print_summary(summary: Summary, console: Any) -> None:
     """Print tables to a rich console; one without markup, since reasons come from a file."""
     from rich.table import Table
 
-    table = Table(title=f"{summary.chains} chains" + _sample_note(summary))
-    for column in ("step", "chains", "share", "Self-BLEU", "in the paper", "words", "median", "p95", "max"):
-        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=column == "step")
+    paper = _paper(summary)
+    amounts, lengths = Table(title=f"{summary.chains} chains{_note(summary)}"), Table()  # two, to fit into 80 columns
+    columns = ("step", "chains", "share", "Self-BLEU", *(["in the paper"] if paper else []))
+    for table, names in ((amounts, columns), (lengths, ("words", "mean", "median", "p95", "max"))):
+        for column in names:
+            table.add_column(column, justify="left" if column == names[0] else "right")
     for step, numbers in summary.steps.items():
-        share, bleu = _PAPER[step]
-        table.add_row(
-            "whole chain" if step == WHOLE else step,
-            str(numbers.count),
-            f"{100 * numbers.share:.1f} %",
-            "-" if numbers.self_bleu is None else f"{numbers.self_bleu:.2f}",
-            f"{share:.1f} %, {bleu:.2f}",
-            f"{numbers.words_mean:.0f}",
-            f"{numbers.words_median:.0f}",
-            str(numbers.words_p95),
-            str(numbers.words_max),
-        )
-    console.print(table)
+        name = "whole chain" if step == WHOLE else step
+        bleu = "-" if numbers.self_bleu is None else f"{numbers.self_bleu:.2f}"
+        beside = [f"{paper[step][0]:.1f} %, {paper[step][1]:.2f}"] if paper else []
+        amounts.add_row(name, str(numbers.count), f"{100 * numbers.share:.1f} %", bleu, *beside)
+        middle = (f"{numbers.words_mean:.0f}", f"{numbers.words_median:.0f}")
+        lengths.add_row(name, *middle, str(numbers.words_p95), str(numbers.words_max))
+    console.print(amounts, lengths)
     for title, counts in _groups(summary).items():
         if counts:
             group = Table(title, "number", "share")
@@ -53,7 +50,7 @@ def write_html(path: Path, summary: Summary, title: str) -> None:
         loader=PackageLoader("axolotl_mote.builder"), autoescape=select_autoescape(default=True), trim_blocks=True
     )
     template = environment.get_template("statistics.html.jinja")
-    page = template.render(s=summary, title=title, paper=_PAPER, groups=_groups(summary), note=_sample_note(summary))
+    page = template.render(s=summary, title=title, paper=_paper(summary), groups=_groups(summary), note=_note(summary))
     write_atomically(path, page)
 
 
@@ -66,5 +63,11 @@ def _groups(summary: Summary) -> dict[str, dict[str, int]]:
     }
 
 
-def _sample_note(summary: Summary) -> str:
-    return f" (Self-BLEU of {summary.sampled} of them)" if summary.sampled else ""
+def _paper(summary: Summary) -> dict[str, tuple[float, float]]:
+    """The paper's numbers, for chains of its steps."""
+    return _PAPER if summary.steps.keys() == _PAPER.keys() else {}
+
+
+def _note(summary: Summary) -> str:
+    refused = f", {summary.refused} refused row{'s' * (summary.refused > 1)} left out" if summary.refused else ""
+    return refused + (f" (Self-BLEU of {summary.sampled} of them)" if summary.sampled else "")

@@ -17,7 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from axolotl_mote.builder.calls import BudgetMeter, BudgetReached, Call, CallPutOff, Completion, FatalCallError
+from axolotl_mote.builder.calls import (
+    BudgetMeter,
+    BudgetReached,
+    Call,
+    CallPutOff,
+    Completion,
+    FatalCallError,
+    ServersSilent,
+)
 from axolotl_mote.builder.journal import Journal
 from axolotl_mote.builder.loop import Growth, Outcome, grow_chain
 from axolotl_mote.builder.output import RunRecord, write_results
@@ -84,7 +92,8 @@ def build(
         on_progress: Called after every question.
 
     Returns:
-        Counts and costs. Ctrl-C and a used-up budget end a run early and cleanly; ``stopped`` says so.
+        Counts and costs. Ctrl-C, a used-up budget and servers that do not answer end a run early and cleanly;
+        ``stopped`` says so.
 
     Raises:
         ValueError: If questions, templates or models cannot be used, or the journal belongs to another configuration.
@@ -92,7 +101,7 @@ def build(
     """
     started = time.time()
     prompts = Prompts(settings.active_specs(), settings.prompts)
-    questions, dropped = load_questions(settings.questions, settings.exclude, settings.deduplicate)
+    questions, dropped = load_questions(settings.questions, settings.exclude, settings.deduplicate, settings.seed)
     settings.output.mkdir(parents=True, exist_ok=True)
     path = settings.output / "journal.jsonl"
     stopped: str | None = None
@@ -227,8 +236,8 @@ class _Run:
         client: Any = self._client(stage.model)
         try:
             completion: Completion = await client.complete(call, stage)
-        except BudgetReached as error:
-            self.stopped = str(error)
+        except (BudgetReached, ServersSilent) as error:
+            self.stopped = self.stopped or str(error)
             return None
         except CallPutOff as error:
             log.warning("put off to the next run: %s", error)

@@ -1,13 +1,18 @@
 """Client for OpenAI-compatible servers: vLLM, TGI, SGLang, ``transformers serve``, hosted APIs.
 
     429, 408, 409, 5xx, time-out, broken connection,     tried again with exponential back-off and full jitter, on
-    broken JSON, reply without choices                   another replica if there is one, for ``retry_for`` seconds
+    broken JSON, reply without choices                   another replica if there is one, for ``retry_for`` seconds;
+                                                         that replica rests, longer with every failure in a row
     Retry-After, x-ratelimit-remaining-* = 0             that replica rests as long as it asks for
-    401, 403, 404, quota used up, 400 on the first call  the build stops: no question could succeed
-    400, 413, 422 later, or context too long, filtered   the text is recorded as refused or filtered; not asked again
+    401, 404, quota used up                              the build stops: no question could succeed
+    context too long, filtered                           the text is recorded as refused or filtered; not asked again
+    400, 403, 413, 422 once something was answered       likewise: it is the question's fault
+    the same before the first answer                     tried again while other requests are in flight; if there are
+                                                         none, the build stops
 
-A request that was not answered in time puts its question off to the next run; nothing is recorded for it. Seeds are
-sent along; whether a server honours them is its affair. It knows nothing about chains.
+A call that was not answered in time puts its question off to the next run; nothing is recorded for it. If no other call
+was answered in that time either, the run stops. Seeds are sent along; whether a server honours them is its affair. It
+knows nothing about chains.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from openai.types.chat import ChatCompletion
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
-from axolotl_mote.builder.calls import BudgetMeter, Call, CallPutOff, Completion, FatalCallError
+from axolotl_mote.builder.calls import BudgetMeter, Call, CallPutOff, Completion, FatalCallError, ServersSilent
 from axolotl_mote.builder.settings import ServerModel, Stage
 
 log = logging.getLogger(__name__)
@@ -41,12 +46,17 @@ class _TryAgain(Exception):
     """A fault that may pass."""
 
 
+class _Unreadable(Exception):
+    """A reply that is no completion."""
+
+
 @dataclass
 class _Replica:
     url: str
     client: openai.AsyncOpenAI
     in_flight: int = 0
     rests_until: float = 0.0
+    rests_because: str = ""
     failures: int = 0  # in a row
 
 
@@ -74,7 +84,9 @@ class ServerClient:
             for url in spec.base_urls
         ]
         self._change = asyncio.Condition()
-        self._succeeded = answered
+        self._answered_before = answered
+        self._answers = 0
+        self._silent: ServersSilent | None = None
 
     @property
     def concurrency(self) -> int:
@@ -85,11 +97,12 @@ class ServerClient:
         """Send a call until it is answered.
 
         Raises:
-            CallPutOff: If it was not answered within ``retry_for`` seconds.
+            CallPutOff: If it was not answered within ``retry_for`` seconds, but another call was.
+            ServersSilent: If no call was.
             FatalCallError: If no call can succeed.
             BudgetReached: If the budget does not allow a further request.
         """
-        deadline = time.monotonic() + self.spec.retry_for
+        deadline, answers = time.monotonic() + self.spec.retry_for, self._answers
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(_TryAgain),
             wait=wait_random_exponential(multiplier=self.spec.backoff, max=self.spec.backoff_max),
@@ -102,8 +115,11 @@ class ServerClient:
                 with attempt:
                     completion = await self._send(call, stage, deadline)
         except _TryAgain as error:
+            if self._answers == answers:
+                self._silent = ServersSilent(f"no server answered for {self.spec.retry_for:g} s: {error}")
+                raise self._silent from error
             raise CallPutOff(f"{call.key}: {error}") from error
-        self._succeeded = True
+        self._answers += 1
         self._budget.finish(completion)
         return completion
 
@@ -115,20 +131,21 @@ class ServerClient:
     async def _send(self, call: Call, stage: Stage, deadline: float) -> Completion:
         replica = await self._take(deadline)
         try:
+            if self._silent is not None:  # another call found out; this one need not wait for its own time to end
+                raise self._silent
             self._budget.start()
             async with asyncio.timeout(self.spec.timeout):  # of the whole request; the client's own is between bytes
                 raw = await replica.client.chat.completions.with_raw_response.create(**self._body(call, stage))
+            completion = _read(raw.parse())
             replica.failures = 0
             _rest(replica, _limit_rest(raw.headers), "rate limit used up")
-            return _read(raw.parse())
-        except (JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError) as error:
+            return completion
+        except (JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError, _Unreadable) as error:
             raise self._failed(replica, f"broken reply: {error}") from error
         except (TimeoutError, openai.APITimeoutError) as error:
             raise self._failed(replica, f"no answer within {self.spec.timeout} s") from error
         except openai.APIConnectionError as error:
-            failed = self._failed(replica, f"no connection: {error.__cause__ or error}")
-            _rest(replica, min(self.spec.backoff_max, self.spec.backoff * 2**replica.failures), "no connection")
-            raise failed from error
+            raise self._failed(replica, f"no connection: {error.__cause__ or error}") from error
         except openai.APIStatusError as error:
             return self._status(error, replica)
         finally:
@@ -136,10 +153,20 @@ class ServerClient:
                 replica.in_flight -= 1
                 self._change.notify_all()
 
-    def _failed(self, replica: _Replica, why: str) -> _TryAgain:
-        """Count a failure, so that other replicas are preferred; the first in a row is shown to the user."""
-        replica.failures += 1
-        log.log(logging.WARNING if replica.failures == 1 else logging.INFO, "%s: %s; trying again", replica.url, why)
+    def _failed(self, replica: _Replica, why: str, asked: float = 0.0) -> _TryAgain:
+        """Count a failure and let the replica rest, so that others are preferred; the first in a row is shown.
+
+        Args:
+            replica: Which failed.
+            why: How.
+            asked: Seconds that it asks to be left alone; 0: longer with every failure in a row.
+        """
+        counts = replica.rests_until <= time.monotonic()  # of what was in flight together, only the first does
+        replica.failures += counts
+        level = logging.WARNING if counts and replica.failures == 1 else logging.INFO
+        log.log(level, "%s: %s; trying again", replica.url, why)
+        growing = self.spec.backoff * 2 ** min(replica.failures - 1, 16)
+        _rest(replica, asked or min(self.spec.backoff_max, growing), why)
         return _TryAgain(f"{replica.url}: {why}")
 
     def _body(self, call: Call, stage: Stage) -> dict[str, Any]:
@@ -156,20 +183,25 @@ class ServerClient:
     def _status(self, error: openai.APIStatusError, replica: _Replica) -> Completion:
         """Decide what an error status means; see the table at the top."""
         status, words = error.status_code, f"{replica.url}: {error}"
-        if status == 429 and error.code != "insufficient_quota":
-            _rest(replica, _retry_after(error.response.headers), "429")
-            raise _TryAgain(words) from error
-        if status >= 500 or status in (408, 409, 425):
-            _rest(replica, _retry_after(error.response.headers), str(status))
-            raise self._failed(replica, str(error)) from error
-        if status in (400, 413, 422):
+        if status >= 500 or status in (408, 409, 425) or (status == 429 and error.code != "insufficient_quota"):
+            raise self._failed(replica, str(error), _retry_after(error.response.headers)) from error
+        if status in (400, 403, 413, 422):
             if error.code == "content_filter":
                 return Completion(str(error), "filtered", model=self.spec.model)
-            if self._succeeded or error.code == "context_length_exceeded" or _TOO_LONG.search(str(error)):
+            if error.code == "context_length_exceeded" or _TOO_LONG.search(str(error)) or self._accepts_others(status):
                 return Completion(str(error), "refused", model=self.spec.model)
+            if sum(r.in_flight for r in self._replicas) > 1:  # their answers will tell whose fault it is
+                raise _TryAgain(words) from error
         raise FatalCallError(
             f"the server must accept our requests; got {words}. Check model, address and key."
         ) from error
+
+    def _accepts_others(self, status: int) -> bool:
+        """Whether this server has answered, so that an error is the question's fault.
+
+        A key without rights gives 403, and a resumed build may have another key: there only this run's answers count.
+        """
+        return self._answers > 0 or (self._answered_before and status != 403)
 
     async def _take(self, deadline: float) -> _Replica:
         """Wait for a replica that is awake and has room, and reserve a place in it."""
@@ -182,9 +214,10 @@ class ServerClient:
                     replica = min(awake, key=lambda r: (r.failures, r.in_flight))
                     replica.in_flight += 1
                     return replica
+                first = min(self._replicas, key=lambda r: r.rests_until)
+                if first.rests_until > deadline:
+                    raise _TryAgain(f"{first.url}: {first.rests_because}; it rests for {first.rests_until - now:.1f} s")
                 wake = min((r.rests_until for r in roomy), default=None)
-                if wake is not None and wake > deadline:
-                    raise _TryAgain(f"all replicas rest for another {wake - now:.0f} s")
                 try:
                     async with asyncio.timeout(None if wake is None else wake - now):
                         await self._change.wait()
@@ -193,16 +226,16 @@ class ServerClient:
 
 
 def _read(reply: Any) -> Completion:
-    """A parsed reply as a completion; raises _TryAgain if it is none."""
+    """A parsed reply as a completion; raises _Unreadable if it is none."""
     if not isinstance(reply, ChatCompletion) or not isinstance(reply.choices, list) or not reply.choices:
-        raise _TryAgain("reply without choices")
+        raise _Unreadable("no choices")
     choice, usage = reply.choices[0], reply.usage
     message = getattr(choice, "message", None)
     if message is None:
-        raise _TryAgain("reply without a message")
+        raise _Unreadable("no message")
     text = message.content or getattr(message, "refusal", None) or ""
     if not isinstance(text, str):
-        raise _TryAgain("reply whose content is no text")
+        raise _Unreadable("content that is no text")
     finish = {"length": "length", "content_filter": "filtered"}.get(choice.finish_reason or "stop", "stop")
     name = f"{reply.model}@{reply.system_fingerprint}" if reply.system_fingerprint else str(reply.model)
     # Servers that do not count are charged four characters a token, so that a token budget still ends.
@@ -214,7 +247,7 @@ def _rest(replica: _Replica, seconds: float, why: str) -> None:
     if seconds > 0:
         until = time.monotonic() + seconds
         if until > replica.rests_until:
-            replica.rests_until = until
+            replica.rests_until, replica.rests_because = until, why
             log.info("%s rests for %.1f s: %s", replica.url, seconds, why)
 
 

@@ -26,15 +26,28 @@ class _Schema(BaseModel):
 class QuestionSource(_Schema):
     """Where questions come from: a JSONL, JSON, CSV or Parquet file, or the name of a Hugging Face data set."""
 
-    path: str = Field(description="File ending in .jsonl, .json, .csv or .parquet, or a Hugging Face data set name.")
+    path: str = Field(
+        description="File ending in .jsonl, .json, .csv (.gz may follow) or .parquet, or a Hugging Face data set name."
+    )
     column: str | None = Field(
         None,
         description="Column with the question; found by its name (messages, chosen, prompt, ...) when left out.",
     )
     name: str | None = Field(None, description="Configuration of a Hugging Face data set.")
+    data_dir: str | None = Field(None, description="Folder inside a Hugging Face data set.")
     split: str = Field("train", description="Split of a Hugging Face data set.")
     revision: str | None = Field(None, description="Revision of a Hugging Face data set.")
     limit: int | None = Field(None, ge=1, description="Use at most this many rows, from the top.")
+    sample: int | None = Field(
+        None,
+        ge=1,
+        description="Use this many of those rows, drawn with the build's seed; a larger draw holds a smaller.",
+    )
+
+    @property
+    def label(self) -> str:
+        """How files and messages name it."""
+        return "/".join(part for part in (self.path, self.name, self.data_dir) if part)
 
 
 class LocalModel(_Schema):
@@ -166,6 +179,13 @@ class Settings(_Schema):
                     f"stages.{stage}.model must be a name under models ({', '.join(sorted(self.models))}); "
                     f"got {name!r}. Add it there or correct the name."
                 )
+        for name, spec in self.active_models().items():
+            size, most = getattr(spec, "batch_size", 0), self.budget.requests
+            if most is not None and most < size:  # smaller batches would give other texts than an uninterrupted build
+                raise ValueError(
+                    f"budget.requests must be at least models.{name}.batch_size ({size}); got {most}. No batch could "
+                    "be generated: raise the budget or lower the batch size."
+                )
         check = self.stages.check
         if self.check and check.constrained and (check.style == "guard" or self.models[check.model].type != "local"):
             raise ValueError(
@@ -250,14 +270,22 @@ def changes(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} -> {new}"]
 
 
+_BLOCK = 64 * 2**10
+
+
 def folder_digest(path: Path) -> str:
-    """Hash of a model folder without reading its weights: small files by content, large ones by name and size."""
+    """Hash of a model folder without reading all its weights: small files whole, large ones by size and 16 blocks."""
     digest = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")):
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
-        if size < 16 * 2**20:
-            digest.update(file.read_bytes())
+        with file.open("rb") as content:
+            if size < 16 * 2**20:
+                digest.update(content.read())
+                continue
+            for block in range(16):
+                content.seek(block * (size - _BLOCK) // 15)
+                digest.update(content.read(_BLOCK))
     return digest.hexdigest()[:16]
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from axolotl_mote.builder.selfbleu import self_bleu, tokenize
+from axolotl_mote.steps import DEFAULT_STEPS
 
-STEPS = ("analysis", "guidance", "response")
 WHOLE = "chain"
 SAMPLE = 10_000
 BINS = 24
@@ -45,9 +45,14 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class Summary:
-    """Statistics of a chain data set. ``steps`` holds analysis, guidance, response and the whole chain."""
+    """Statistics of a chain data set.
+
+    ``steps`` holds every step and the whole chain; ``refused`` counts questions that generation refused, which no other
+    number counts.
+    """
 
     chains: int
+    refused: int
     sampled: int | None
     steps: dict[str, StepNumbers]
     forms: dict[str, int]
@@ -61,54 +66,76 @@ class Summary:
 
 
 def summarise(
-    chains: Sequence[dict[str, Any]], rejected: Iterable[dict[str, Any]] = (), *, sample: int = SAMPLE, seed: int = 0
+    rows: Sequence[dict[str, Any]],
+    rejected: Iterable[dict[str, Any]] = (),
+    *,
+    steps: Sequence[str] = DEFAULT_STEPS,
+    sample: int = SAMPLE,
+    seed: int = 0,
 ) -> Summary:
     """Describe chain rows.
 
     Args:
-        chains: Chain rows.
+        rows: Chain rows.
         rejected: Rows with a ``reason``.
+        steps: The steps of the chains, in order; the last one is the answer.
         sample: Self-BLEU of at most this many chains, drawn with ``seed``; it depends on the size of the set, so
             compare sets of one size. 0: all.
         seed: Of the draw.
 
     Raises:
-        ValueError: If there are no chains.
+        ValueError: If there are no chains, or a step is named like the whole.
     """
+    if WHOLE in steps:
+        raise ValueError(f"steps must not hold {WHOLE!r}, the name of the whole chain in the figures. Rename the step.")
+    chains = [row for row in rows if not _is_refused(row, steps)]
     if not chains:
-        raise ValueError("the chain file must hold at least one chain; got none. Look into rejected.jsonl for reasons.")
+        raise ValueError(
+            f"the chain file must hold at least one chain; got {len(rows)} refused rows and no chain. Look into "
+            "rejected.jsonl, or the column error, for reasons."
+        )
     chosen = set(range(len(chains)))
     sampled = None
     if 0 < sample < len(chains):
         chosen, sampled = set(random.Random(seed).sample(range(len(chains)), sample)), sample
-    steps = {}
-    for step in (*STEPS, WHOLE):
-        texts = {i: tokenize(text) for i, row in enumerate(chains) if (text := _text(row, step))}
+    numbers = {}
+    for name in (*steps, WHOLE):
+        parts = steps if name == WHOLE else (name,)
+        texts = {i: tokenize(text) for i, row in enumerate(chains) if (text := _text(row, parts))}
         bleu = self_bleu([words for i, words in texts.items() if i in chosen])
-        steps[step] = _numbers([len(words) for words in texts.values()], len(chains), bleu)
+        numbers[name] = _numbers([len(words) for words in texts.values()], len(chains), bleu)
     return Summary(
         chains=len(chains),
+        refused=len(rows) - len(chains),
         sampled=sampled,
-        steps=steps,
-        forms=_counter("+".join(step for step in STEPS if row.get(step)) for row in chains),
+        steps=numbers,
+        forms=_counter("+".join(step for step in steps if row.get(step)) for row in chains),
         checks=_counter(str(row.get("check") or "none") for row in chains),
         turns=_counter(str(sum(m.get("role") == "user" for m in row.get("messages") or [])) for row in chains),
         rejected=_counter(str(row.get("reason")) for row in rejected),
     )
 
 
-def read_chains(path: Path) -> list[dict[str, Any]]:
-    """Rows of a chain file.
+def read_chains(path: Path, steps: Sequence[str] = DEFAULT_STEPS) -> list[dict[str, Any]]:
+    """Rows of a chain file, of ``axolotl mote build`` or ``generate``.
 
     Raises:
-        ValueError: If lines are not JSON objects with a ``response``; all at once, with their numbers.
+        ValueError: If a step is no text or an answer is missing, where generation says neither that it refused the
+            question nor that it did not finish; all such rows at once, with their numbers.
     """
     rows, faults = read_jsonl(path), []
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("response"), str):
-            faults.append(f"  row {number}: response is {type(row.get('response')).__name__}, not text")
+        unanswered = _is_refused(row, steps) or row.get("finished") is False
+        for step in steps:
+            missing = row.get(step) is None and (unanswered or step != steps[-1])
+            if not missing and not isinstance(row.get(step), str):
+                faults.append(f"  row {number}: {step} is {type(row.get(step)).__name__}, not text")
     if faults:
-        raise ValueError(f"{path} must hold chain rows; got {len(faults)} others:\n" + "\n".join(faults[:20]))
+        shown = "\n".join(faults[:20])
+        raise ValueError(
+            f"{path} must hold chains of {', '.join(steps)}; got {len(faults)} faults:\n{shown}\nCorrect them, or name "
+            "the steps of these chains with --steps."
+        )
     return rows
 
 
@@ -132,8 +159,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _text(row: dict[str, Any], step: str) -> str:
-    return "\n".join(row[s] for s in STEPS if row.get(s)) if step == WHOLE else row.get(step) or ""
+def _is_refused(row: dict[str, Any], steps: Sequence[str]) -> bool:
+    """Whether generation refused the question; a source may have a column ``error`` of its own beside an answer."""
+    return row.get("error") is not None and not row.get(steps[-1])
+
+
+def _text(row: dict[str, Any], steps: Sequence[str]) -> str:
+    return "\n".join(row[step] for step in steps if row.get(step))
 
 
 def _numbers(lengths: list[int], total: int, bleu: float | None) -> StepNumbers:

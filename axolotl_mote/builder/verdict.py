@@ -1,14 +1,16 @@
 """What a judge said: safe, unsafe or unparsed.
 
-Only the judge's own output is read. A completion under judgement can hold a false verdict, and a judge may echo it:
-our templates quote foreign text with ``> `` on every line, a verdict line may not start with that, and the last one
-counts.
+Only the judge's own output is read, without the reasoning before it. A completion under judgement can hold a false
+verdict, and a judge may echo it: our templates quote foreign text with ``> `` on every line, a verdict line may not
+start with that, and the last one counts.
 """
 
 from __future__ import annotations
 
 import re
 from typing import Literal
+
+from axolotl_mote.builder.hygiene import without_thinking
 
 Verdict = Literal["safe", "unsafe", "unparsed"]
 
@@ -32,7 +34,7 @@ def parse_verdict(text: str, style: str = "verdict") -> Verdict:
     Returns:
         safe, unsafe, or unparsed if there is no such line.
     """
-    found = (_VERDICT if style == "verdict" else _GUARD).findall("\n".join(text.splitlines()))
+    found = (_VERDICT if style == "verdict" else _GUARD).findall("\n".join(without_thinking(text).splitlines()))
     if not found:
         return "unparsed"
     return "safe" if found[-1].lower() == "safe" else "unsafe"

@@ -30,8 +30,8 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
       axolotl mote build example_configs/build_local.yml --exclude xstest.jsonl
 
     \b
-    Exit status: 0 finished, 1 error, 3 stopped by the budget or with questions put off (run it again),
-    130 interrupted by Ctrl-C (run it again).
+    Exit status: 0 finished, 1 error, 3 stopped by the budget, by servers that do not answer, or with questions
+    put off (run it again), 130 interrupted by Ctrl-C (run it again).
     """
     try:
         from axolotl_mote.builder.calls import FatalCallError

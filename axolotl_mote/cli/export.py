@@ -132,7 +132,7 @@ def _show(report: ExportReport, output: Path, no_base: bool) -> None:
             "" if drift is None else f"{drift['mean_kl']:.4f}",
             "" if drift is None else f"{drift['same_top']:.1%}",
         )
-    console = Console()
+    console = Console(markup=False)  # folder names are no markup
     console.print(table)
     console.print(f"adapters: {output / 'adapters'}", highlight=False, soft_wrap=True)
     if not no_base:

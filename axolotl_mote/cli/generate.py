@@ -69,6 +69,8 @@ def command(
     from axolotl_mote.generation import jsonl
 
     with _usage_errors():
+        if output.exists() and output.samefile(source):
+            raise ValueError(f"output must not be the input; got {output} for both. Choose another file.")
         digests = jsonl.check_questions(source, limit)
         settings = sampling_arguments(**decoding) | {"step_limits": parse_limits(decoding["step_limit"])}
         settings |= {"max_new_tokens": decoding["max_new_tokens"], "num_beams": num_beams}
@@ -119,7 +121,7 @@ class Runner:
 
         for mode, steps in self.modes.items():
             todo = [q for q in window if not self.out.holds(q.row, mode)]
-            faults = {q.row: fault for q in todo if (fault := self._too_long(q))}
+            faults = {q.row: fault for q in todo if (fault := self._refusal(q))}
             fitting = [q for q in todo if q.row not in faults]
             chains = generate_chain(
                 self.model,
@@ -136,11 +138,14 @@ class Runner:
             if todo:
                 self.out.append(output_line(q, mode, self.run, rows[q.row]) for q in todo)
 
-    def _too_long(self, question: Question) -> str | None:
-        """A question that leaves no room for an answer is refused on its own line; the rest of the file goes on."""
+    def _refusal(self, question: Question) -> str | None:
+        """What the chat template refuses, or leaves no room for an answer, gets its own line; the rest goes on."""
         from axolotl_mote.chain import encode_question
 
-        needed = len(encode_question(self.tokenizer, question.messages)) + self.settings["max_new_tokens"]
+        try:
+            needed = len(encode_question(self.tokenizer, question.messages)) + self.settings["max_new_tokens"]
+        except ValueError as error:
+            return str(error)
         if self.positions is None or needed <= self.positions:
             return None
         return f"question and max_new_tokens take {needed} positions; the model has {self.positions}"

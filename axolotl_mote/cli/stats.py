@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from axolotl_mote.cli._options import missing_extra
+from axolotl_mote.steps import CHECK, DEFAULT_STEPS, validate_steps
 
 
 @click.command()
@@ -16,6 +18,13 @@ from axolotl_mote.cli._options import missing_extra
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="File with rejected rows; rejected.jsonl beside FILE is used when there is one.",
 )
+@click.option(
+    "--steps",
+    multiple=True,
+    default=(",".join(DEFAULT_STEPS),),
+    show_default=True,
+    help="The steps of the chains as a list, when they are others; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
     "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write one self-contained page with plots."
@@ -24,12 +33,24 @@ from axolotl_mote.cli._options import missing_extra
     "--sample", type=click.IntRange(min=0), default=10_000, show_default=True, help="Chains for Self-BLEU; 0 takes all."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of that sample.")
-def command(file: Path, rejected: Path | None, as_json: bool, html: Path | None, sample: int, seed: int) -> None:
+def command(
+    file: Path,
+    rejected: Path | None,
+    steps: tuple[str, ...],
+    as_json: bool,
+    html: Path | None,
+    sample: int,
+    seed: int,
+) -> None:
     """Show amounts, lengths and diversity of a chain data set (MoTE, Table 2).
 
+    FILE is the output of `axolotl mote build` or `axolotl mote generate`; questions that generation refused are counted
+    apart.
+
     \b
-    Example:
+    Examples:
       axolotl mote stats outputs/selfalign/data/chains.jsonl --html statistics.html
+      axolotl mote stats answers.jsonl --steps plan,draft,answer
     """
     try:
         from axolotl_mote.builder.report import print_summary, write_html
@@ -40,7 +61,9 @@ def command(file: Path, rejected: Path | None, as_json: bool, html: Path | None,
     if rejected is None and beside.exists() and beside != file:
         rejected = beside
     try:
-        summary = summarise(read_chains(file), read_jsonl(rejected) if rejected else (), sample=sample, seed=seed)
+        names = _step_names(steps)
+        rejects = read_jsonl(rejected) if rejected else ()
+        summary = summarise(read_chains(file, names), rejects, steps=names, sample=sample, seed=seed)
         if html is not None:
             write_html(html, summary, title=file.name)
     except (ValueError, OSError) as error:
@@ -55,3 +78,16 @@ def command(file: Path, rejected: Path | None, as_json: bool, html: Path | None,
     print_summary(summary, Console(markup=False))
     if html is not None:
         click.echo(f"Wrote {html}")
+
+
+def _step_names(values: Sequence[str]) -> tuple[str, ...]:
+    """``("plan,draft", "answer")`` -> the three names. The check is a verdict, no text: it is left out.
+
+    Raises:
+        ValueError: If they are no valid steps.
+    """
+    try:
+        steps = validate_steps([name.strip() for value in values for name in value.split(",")])
+    except ValueError as error:
+        raise ValueError(str(error).replace("mote.steps", "--steps")) from None
+    return tuple(step for step in steps if step != CHECK)

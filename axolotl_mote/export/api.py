@@ -85,6 +85,7 @@ def export_adapter(
     if output.exists() and not overwrite:
         raise ValueError(f"output must not exist yet; {output} does. Choose another folder or pass --overwrite.")
     config, tensors = read_adapter(adapter_dir)
+    _check_replaceable(output, [adapter_dir, Path(base_model or config.base_model_name_or_path)])
     base = str(base_model or config.base_model_name_or_path)
     plans = plan_adapters(config, merge_shared)
     report = ExportReport(merged_shared=merge_shared)
@@ -113,6 +114,16 @@ def export_adapter(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return report
+
+
+def _check_replaceable(output: Path, used: Sequence[Path]) -> None:
+    """Only an earlier export may be overwritten, never what the export is made from."""
+    for path in used:
+        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"output must not hold {path}, which is exported; got {output}. Choose another folder.")
+    empty = output.is_dir() and not any(output.iterdir())
+    if output.exists() and not empty and not (output / "export.json").is_file():
+        raise ValueError(f"--overwrite replaces an earlier export only; {output} is none. Choose another folder.")
 
 
 def _describe(plan: AdapterPlan) -> dict[str, Any]:
@@ -220,8 +231,12 @@ def _load_exported(folder: Path, plans: list[AdapterPlan], device: str | None) -
 
 
 def _publish(staging: Path, output: Path) -> None:
-    """Put the finished folder in place in one rename."""
-    if output.exists():
-        shutil.rmtree(output)
+    """Put the finished folder in place; an earlier export goes when the new one is there."""
     staging.chmod(0o755)
+    if not output.exists():
+        staging.rename(output)
+        return
+    earlier = staging.with_name(f"{staging.name}.old")
+    output.rename(earlier)
     staging.rename(output)
+    shutil.rmtree(earlier)

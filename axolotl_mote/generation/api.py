@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
-from axolotl_mote.chain import encode_question
+from axolotl_mote.chain import check_messages, encode_question
 from axolotl_mote.generation.decoding import Decoder
 from axolotl_mote.generation.grammar import make_plan
 from axolotl_mote.generation.result import Chain
@@ -62,7 +63,7 @@ def generate_chain(
         step_limits: Most text tokens of a step: one number for all steps, or one per name. A step that reaches its
             limit is closed; ``chain.truncated`` names it.
         batch_size: Dialogues decoded together.
-        seed: Seed of sampling, for each batch; the caller's random state is left untouched.
+        seed: Seed of sampling; the caller's random state is left untouched.
         judge: Verify mode only: takes dialogues and answers, returns "safe" or "unsafe" for each. Default: the trained
             check step, else the base model without its adapter.
         **options: For ``model.generate``: ``do_sample``, ``temperature``, ``top_p``, ``num_beams``, ``streamer``,
@@ -77,7 +78,8 @@ def generate_chain(
     single = bool(messages) and isinstance(messages[0], Mapping)
     dialogues: list[Sequence[Message]] = [messages] if single else list(messages)
     for place, dialogue in enumerate(dialogues):
-        _check_dialogue(dialogue, place)
+        if faults := check_messages(dialogue):
+            raise ValueError(f"dialogue {place}: {' '.join(faults)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}. Use 1 for one dialogue at a time.")
     if judge is not None and steps != VERIFY:
@@ -87,20 +89,10 @@ def generate_chain(
     chains: list[Chain] = []
     for start in range(0, len(dialogues), batch_size):
         batch = dialogues[start : start + batch_size]
+        # With one seed every batch would draw alike.
+        seeded = decoder if seed is None else replace(decoder, seed=seed + start)
         if plan is None:
-            chains += verify_chains(decoder, batch, max_new_tokens, judge)
+            chains += verify_chains(seeded, batch, max_new_tokens, judge)
         else:
-            chains += decoder.decode([encode_question(tokenizer, list(d)) for d in batch], plan, max_new_tokens)
+            chains += seeded.decode([encode_question(tokenizer, list(d)) for d in batch], plan, max_new_tokens)
     return chains[0] if single else chains
-
-
-def _check_dialogue(dialogue: Any, place: int) -> None:
-    """Refuse dialogues no chat template should see."""
-    at = f"dialogue {place}"
-    if not isinstance(dialogue, Sequence) or isinstance(dialogue, str) or not dialogue:
-        raise ValueError(f"messages must be a non-empty list of messages; got {dialogue!r} at {at}. Wrap the text.")
-    for message in dialogue:
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise ValueError(f"messages must hold role and content strings; got {message!r} at {at}. Add them.")
-    if dialogue[-1]["role"] != "user":
-        raise ValueError(f"messages must end with a user turn; got role {dialogue[-1]['role']!r} at {at}. Drop it.")

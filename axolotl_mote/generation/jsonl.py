@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from axolotl_mote.chain import check_messages
+
 ROW, MODE, RUN = "row", "mode", "run"
 _QUESTION_FIELDS = ("messages", "prompt", "question", "forbidden_prompt")
 _FAULTS_SHOWN = 10
@@ -56,22 +58,12 @@ def _question(row: int, line: str) -> Question:
         raise ValueError(f"row {row}: not a JSON object")
     for name in _QUESTION_FIELDS:
         value = columns.get(name)
-        if name != "messages" and isinstance(value, str):
-            return Question(row, [{"role": "user", "content": value}], columns)
-        if name == "messages" and value is not None:
-            return Question(row, _messages(row, value), columns)
+        if isinstance(value, str) or (name == "messages" and value is not None):
+            messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+            if faults := check_messages(messages):
+                raise ValueError(f"row {row}: {' '.join(faults)}")
+            return Question(row, messages, columns)
     raise ValueError(f"row {row}: none of the columns {', '.join(_QUESTION_FIELDS)}")
-
-
-def _messages(row: int, value: Any) -> list[dict[str, str]]:
-    whole = isinstance(value, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-    )
-    if not whole or not value:
-        raise ValueError(f"row {row}: messages is not a list of role and content strings")
-    if value[-1]["role"] != "user":
-        raise ValueError(f"row {row}: messages does not end with a user turn")
-    return value
 
 
 def check_questions(path: Path, limit: int | None = None) -> Sequence[int]:

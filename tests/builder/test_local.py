@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,38 @@ def test_what_does_not_fit_is_refused_and_the_rest_is_generated(client: LocalCli
     first, second = client.complete_batch(calls("y" * 400, "one"), Stage(max_new_tokens=4))
     assert (first.finish, second.completion_tokens) == ("refused", 4)
     assert "do not fit into 256" in first.text
+
+
+@pytest.fixture(scope="module")
+def strict_client(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LocalClient:
+    """A chat template like Gemma's: no system turn, and roles must alternate."""
+    path = tmp_path_factory.mktemp("strict")
+    shutil.copytree(folder, path, dirs_exist_ok=True)
+    (path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{% endfor %}" + TEMPLATE
+    )
+    spec = LocalModel(type="local", path=str(path), device="cpu", dtype="float32")
+    return LocalClient(spec, BudgetMeter(None, None))
+
+
+def test_a_template_without_system_turns_gets_the_system_text_in_the_first_user_turn(
+    client: LocalClient, strict_client: LocalClient
+) -> None:
+    system, user = {"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}
+    folded = {"role": "user", "content": "Be short.\n\nWhy?"}
+    split, joined = (Call("q", "response", 0, 0, turns, 5) for turns in ([system, user], [folded]))
+    assert strict_client.complete_batch([split], SAMPLED) == strict_client.complete_batch([joined], SAMPLED)
+    assert client.complete_batch([split], SAMPLED) != client.complete_batch([joined], SAMPLED)
+
+
+def test_a_dialogue_that_the_template_does_not_take_is_refused_and_the_rest_is_generated(
+    strict_client: LocalClient,
+) -> None:
+    odd = Call("q", "response", 0, 0, [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": "?"}], 5)
+    first, second = strict_client.complete_batch([odd, *calls("one")], Stage(max_new_tokens=4, temperature=0))
+    assert (first.finish, second.completion_tokens) == ("refused", 4)
+    assert "System role not supported" in first.text
 
 
 def test_the_budget_is_kept(folder: Path) -> None:

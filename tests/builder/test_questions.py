@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import pytest
-from builder_kit import write_rows
+from builder_kit import prompts, write_rows
 
 from axolotl_mote.builder.questions import load_questions, parse_row, parse_transcript
 from axolotl_mote.builder.settings import QuestionSource
@@ -48,7 +49,7 @@ def test_shapes_of_rows(row: dict[str, object], column: str) -> None:
     assert messages[-1]["role"] == "user"
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz"])
 def test_files(tmp_path: Path, suffix: str) -> None:
     rows = [
         {"prompt": "What is chess?", "id": "a", "level": 3},
@@ -57,8 +58,11 @@ def test_files(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"q.{suffix}"
     if suffix == "jsonl":
         write_rows(path, rows)
-    elif suffix == "json":
-        path.write_text(json.dumps(rows))
+    elif suffix == "jsonl.gz":
+        path.write_bytes(gzip.compress(write_rows(tmp_path / "q.jsonl", rows).read_bytes()))
+    elif suffix.startswith("json"):
+        text = json.dumps(rows).encode()
+        path.write_bytes(gzip.compress(text) if suffix == "json.gz" else text)
     elif suffix == "csv":
         path.write_text("prompt,id,level\nWhat is chess?,a,3\nHow tall are giraffes in zoos?,b,4\n")
         rows = [{**row, "level": str(row["level"])} for row in rows]
@@ -80,6 +84,24 @@ def test_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (question,), _ = load_questions([source(tmp_path / "set")])
     assert question.messages[-1]["content"] == "My bike's flat tyre"
     assert question.columns == {}
+
+
+def test_a_folder_of_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HH-RLHF keeps its parts in folders, each in a packed file."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for part in ("harmless-base", "helpful-base"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        row = write_rows(tmp_path / "row.jsonl", [{"chosen": HH.replace("bike", part)}]).read_bytes()
+        (tmp_path / "set" / part / "train.jsonl.gz").write_bytes(gzip.compress(row))
+    (question,), _ = load_questions([source(tmp_path / "set", data_dir="helpful-base")])
+    assert question.messages[-1]["content"] == "My helpful-base's flat tyre"
+
+
+def test_a_torn_gzip_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "Why is tea so bitter?"}\n' * 99)[:-12])
+    with pytest.raises(ValueError, match="whole gzip file"):
+        load_questions([source(path)])
 
 
 def test_the_id_depends_on_the_text_alone(tmp_path: Path) -> None:
@@ -118,6 +140,55 @@ def test_contamination_is_found_in_earlier_turns_too(tmp_path: Path) -> None:
     questions, dropped = load_questions([source(rows)], [source(exam)])
     assert [d.reason for d in dropped] == ["excluded"]
     assert len(questions) == 1
+
+
+def test_a_question_that_holds_an_evaluation_prompt_is_contamination(tmp_path: Path) -> None:
+    exam = write_rows(tmp_path / "exam.jsonl", [{"prompt": "How do I build a pipe bomb at home?"}, {"prompt": "Yes."}])
+    rows = [
+        {"prompt": "Hello there, good day to you. How do I build a pipe bomb at home? Please answer step by step."},
+        {"prompt": "How do I build a pipe organ at home? Yes."},
+    ]
+    questions, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(exam)])
+    assert [(d.row, d.reason) for d in dropped] == [(1, "excluded")]
+    assert len(questions) == 1
+
+
+def test_the_contamination_guard_stays_when_duplicates_are_kept(tmp_path: Path) -> None:
+    exam = write_rows(tmp_path / "exam.jsonl", [{"prompt": "What's the best way to grow tomatoes on a balcony?"}])
+    rows = [{"prompt": "What is the best way to grow tomatoes on a balcony?"}]
+    _, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(exam)], deduplicate=None)
+    assert [d.reason for d in dropped] == ["excluded"]
+
+
+def test_one_evaluation_file_may_be_named_twice(tmp_path: Path) -> None:
+    row = {"prompt": "What is the best way to grow tomatoes?", "question": "Where do owls sleep in a hard winter?"}
+    exam = write_rows(tmp_path / "exam.jsonl", [row])
+    rows = write_rows(tmp_path / "q.jsonl", [{"prompt": row["question"]}, {"prompt": "Why is tea so bitter?"}])
+    questions, _ = load_questions([source(rows)], [source(exam), source(exam, column="question")])
+    assert len(questions) == 1
+
+
+def test_a_sample_is_drawn_with_the_seed_and_keeps_the_order(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "q.jsonl", prompts(60))
+
+    def draw(seed: int, **keys: object) -> list[str]:
+        return [q.messages[0]["content"] for q in load_questions([source(path, **keys)], seed=seed)[0]]
+
+    everything = draw(0)
+    sample = draw(1, sample=20)
+    assert sample == draw(1, sample=20) != draw(2, sample=20)
+    assert len(sample) == 20
+    assert sample == [text for text in everything if text in sample] != everything[:20]
+    assert set(draw(1, sample=10)) < set(sample)
+    assert draw(1, sample=100) == everything
+    assert set(draw(1, sample=5, limit=10)) < set(everything[:10])
+
+
+def test_rows_of_a_sample_keep_their_numbers(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "q.jsonl", [{"prompt": "Why is tea so bitter?", "id": i} for i in range(1, 31)])
+    _, dropped = load_questions([source(path, sample=9)])
+    assert [d.row for d in dropped] == [d.columns["id"] for d in dropped]
+    assert len(dropped) == 8
 
 
 def test_short_turns_of_an_evaluation_dialogue_are_no_contamination(tmp_path: Path) -> None:

@@ -121,6 +121,22 @@ def test_the_manifest_tells_where_the_data_comes_from(
     assert manifest["identity"]["seed"] == 42
 
 
+def test_the_manifest_tells_parts_of_one_data_set_apart(
+    make_settings: Make, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    settings = make_settings(serve(answer).url)
+    sources = []
+    for part in ("a", "b"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        write_rows(tmp_path / "set" / part / "train.jsonl", [{"prompt": f"What is {part} good for?"}] * 2)
+        sources.append(QuestionSource(path=str(tmp_path / "set"), data_dir=part))
+    build(settings.model_copy(update={"questions": sources}))
+    labels = [f"{tmp_path / 'set'}/a", f"{tmp_path / 'set'}/b"]
+    assert list(json.loads((settings.output / "manifest.json").read_text())["inputs"]) == labels
+    assert [row["source"] for row in read_rows(settings.output / "rejected.jsonl") if row.get("source")] == labels
+
+
 def test_a_server_that_dies_and_comes_back_loses_nothing(make_settings: Make, serve: Serve, tmp_path: Path) -> None:
     first = serve(answer)
     port = int(first.url.split(":")[2].split("/")[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from email.utils import formatdate
@@ -11,10 +12,10 @@ from typing import Any
 import pytest
 from builder_kit import Reply, ScriptedServer, chat_reply, error_reply, read_rows, stage_of
 
-from axolotl_mote.builder.calls import FatalCallError
+from axolotl_mote.builder.calls import BudgetMeter, Call, FatalCallError, ServersSilent
 from axolotl_mote.builder.run import build
-from axolotl_mote.builder.server import _limit_rest, _retry_after
-from axolotl_mote.builder.settings import Settings
+from axolotl_mote.builder.server import ServerClient, _limit_rest, _retry_after
+from axolotl_mote.builder.settings import Settings, Stage
 
 Make = Callable[..., Settings]
 Serve = Callable[..., ScriptedServer]
@@ -62,11 +63,34 @@ def test_a_build_from_questions_to_files(make_settings: Make, serve: Serve) -> N
     ],
     ids=["429", "500", "503", "408", "broken json", "html", "list", "no message", "empty choices", "no choices"],
 )
-def test_passing_faults_are_tried_again(make_settings: Make, serve: Serve, fault: Reply) -> None:
-    server = serve(lambda body, number: fault if number % 2 == 0 else good(body))
-    report = build(make_settings(server.url))
+@pytest.mark.parametrize("broken_replica", [False, True], ids=["now and then", "one replica always"])
+def test_passing_faults_are_tried_again(make_settings: Make, serve: Serve, fault: Reply, broken_replica: bool) -> None:
+    if broken_replica:
+        servers = [serve(lambda body, number: fault), serve(good)]
+        report = build(make_settings([server.url for server in servers], server={"concurrency": 2}))
+        assert len(servers[0].bodies) <= 4  # the two that fit at first, and hardly any after that
+    else:
+        servers = [serve(lambda body, number: fault if number % 2 == 0 else good(body))]
+        report = build(make_settings(servers[0].url))
     assert (report.counts["kept"], report.counts["pending"]) == (4, 0)
-    assert report.requests == len(server.bodies) > 8
+    assert report.requests == sum(len(server.bodies) for server in servers) > 8
+
+
+def test_a_broken_replica_does_not_use_up_the_budget(make_settings: Make, serve: Serve) -> None:
+    """Twice as many workers as the good replica takes: the others wait for it rather than ask the broken one."""
+    broken, fine = serve(lambda body, number: chat_reply("x", choices=[])), serve(good)
+    report = build(make_settings([broken.url, fine.url], count=30, server={"concurrency": 2, "backoff": 0.05}))
+    assert report.counts["kept"] == 30
+    assert len(broken.bodies) <= 15
+
+
+def test_a_replica_may_fail_any_number_of_times(make_settings: Make) -> None:
+    settings = make_settings(server={"retry_for": 0})
+    client = ServerClient(settings.models["default"], BudgetMeter(None, None))  # type: ignore[arg-type]
+    client._replicas[0].failures = 5000
+    call = Call("q", "response", 0, 0, [{"role": "user", "content": "Why?"}], 1)
+    with pytest.raises(ServersSilent):
+        asyncio.run(client.complete(call, Stage()))
 
 
 def test_time_outs_are_tried_again(make_settings: Make, serve: Serve) -> None:
@@ -136,6 +160,58 @@ def test_what_no_question_can_pass_stops_the_build(
     with pytest.raises(FatalCallError, match="wrong thing"):
         build(make_settings(server.url, count=1))
     assert len(server.bodies) == 1
+
+
+FLAGGED = "flagged by our policy"
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+def test_one_flagged_question_at_the_start_is_refused_and_the_others_go_on(
+    make_settings: Make, serve: Serve, status: int
+) -> None:
+    def script(body: dict[str, Any], number: int) -> Reply:
+        if "rivers" in str(body):
+            return error_reply(status, FLAGGED)
+        time.sleep(0.3)
+        return good(body)
+
+    report = build(make_settings(serve(script).url, count=8))
+    assert (report.counts["kept"], report.counts["pending"]) == (7, 0)
+    assert report.counts["reasons"] == {"analysis_refused_by_server": 1}
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_what_every_question_is_told_stops_the_build_soon(make_settings: Make, serve: Serve, status: int) -> None:
+    server = serve(lambda body, number: error_reply(status, "no such parameter"))
+    settings = make_settings(server.url, count=16)
+    with pytest.raises(FatalCallError, match="no such parameter"):
+        build(settings)
+    assert len((settings.output / "journal.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_key_without_rights_is_fatal_in_a_resumed_build(make_settings: Make, serve: Serve) -> None:
+    build(make_settings(serve(good).url, count=2))
+    locked = serve(lambda body, number: error_reply(403, "no rights"))
+    with pytest.raises(FatalCallError, match="no rights"):
+        build(make_settings(locked.url, count=4, server={"concurrency": 1}))
+
+
+def test_halves_of_characters_are_replaced(make_settings: Make, serve: Serve) -> None:
+    """JSON can spell lone surrogates, in a question as in an answer; nothing can send or store them."""
+
+    def script(body: dict[str, Any], number: int) -> Reply:
+        if stage_of(body) == "check":
+            return chat_reply("VERDICT: SAFE")
+        return chat_reply(f"\ud83d {number}: {body['messages'][-1]['content'][:30]}")
+
+    settings = make_settings(serve(script).url, count=2)
+    path = Path(settings.questions[0].path)
+    path.write_text('{"prompt": "What is \\ud800 bread?"}\n' + path.read_text())
+    for _ in range(2):
+        assert build(settings).counts["kept"] == 3
+    first = read_rows(settings.output / "chains.jsonl")[0]
+    assert first["messages"][0]["content"] == "What is ? bread?"
+    assert first["response"].startswith("? ")
 
 
 def test_a_resumed_build_knows_that_the_server_has_answered(make_settings: Make, serve: Serve) -> None:
@@ -209,6 +285,19 @@ def test_a_dead_replica_does_not_stop_the_others(make_settings: Make, serve: Ser
     assert (report.counts["kept"], len(server.bodies)) == (8, 16)
 
 
+def test_a_replica_that_rests_for_long_does_not_put_questions_off(make_settings: Make, serve: Serve) -> None:
+    """Its share of the workers waits for room in the other one."""
+
+    def slow(body: dict[str, Any], number: int) -> Reply:
+        time.sleep(0.05)
+        return good(body)
+
+    limited = serve(lambda body, number: error_reply(429, retry_after="60"))
+    urls = [limited.url, serve(slow).url]
+    report = build(make_settings(urls, count=30, server={"concurrency": 1, "retry_for": 1, "backoff": 0.3}))
+    assert (report.counts["kept"], report.requests) == (30, 61)
+
+
 def test_different_models_for_different_stages(make_settings: Make, serve: Serve) -> None:
     writer, guard = serve(good), serve(lambda body, number: chat_reply("safe"))
     models = {"guard": {"type": "server", "model": "g", "base_urls": [guard.url]}}
@@ -218,12 +307,31 @@ def test_different_models_for_different_stages(make_settings: Make, serve: Serve
     assert {body["model"] for body in guard.bodies} == {"g"}
 
 
-def test_without_an_answer_questions_are_put_off_and_done_by_the_next_run(make_settings: Make, serve: Serve) -> None:
-    settings = make_settings("http://127.0.0.1:9/v1", server={"retry_for": 0.2})
+def test_without_any_answer_the_run_stops_and_the_next_one_goes_on(make_settings: Make, serve: Serve) -> None:
+    settings = make_settings("http://127.0.0.1:9/v1", count=40, server={"retry_for": 0.3, "concurrency": 2})
     report = build(settings)
-    assert (report.counts["pending"], report.counts["kept"], report.stopped) == (4, 0, None)
+    assert (report.counts["pending"], report.counts["kept"]) == (40, 0)
+    assert "no server answered for 0.3 s: http://127.0.0.1:9/v1: no connection" in (report.stopped or "")
+    assert report.seconds < 2  # 20 times 0.3 s if every question waited in turn
     back = settings.models["default"].model_copy(update={"base_urls": [serve(good).url]})
-    assert build(settings.model_copy(update={"models": {"default": back}})).counts["kept"] == 4
+    assert build(settings.model_copy(update={"models": {"default": back}})).counts["kept"] == 40
+
+
+def test_a_server_that_dies_in_the_middle_stops_the_run(make_settings: Make, serve: Serve) -> None:
+    server = serve(lambda body, number: good(body) if number < 9 else error_reply(503))
+    report = build(make_settings(server.url, count=40, server={"retry_for": 0.5, "concurrency": 2}))
+    assert "no server answered for 0.5 s" in (report.stopped or "")
+    assert report.counts["kept"] == 4
+    assert report.seconds < 3
+
+
+def test_a_question_that_never_works_is_put_off_while_others_do(make_settings: Make, serve: Serve) -> None:
+    def script(body: dict[str, Any], number: int) -> Reply:
+        time.sleep(0.05)
+        return error_reply(500) if "rivers 7919" in str(body) else good(body)
+
+    report = build(make_settings(serve(script).url, count=30, server={"retry_for": 0.4, "concurrency": 2}))
+    assert (report.counts["kept"], report.counts["pending"], report.stopped) == (29, 1, None)
 
 
 @pytest.mark.parametrize(("budget", "most"), [({"requests": 5}, 5), ({"tokens": 70}, 6)])

@@ -26,6 +26,10 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
         ({"stages": {"check": {"model": "guard"}}}, r"stages\.check\.model must be a name under models \(default\)"),
         ({"stages": {"check": {"constrained": True}}}, "constrained must go with a local model"),
         ({"budget": {"request": 3}}, "request"),
+        (
+            {"budget": {"requests": 3}, "models": {"default": {"type": "local", "path": "m", "batch_size": 4}}},
+            r"budget\.requests must be at least models\.default\.batch_size \(4\); got 3",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(
@@ -61,6 +65,18 @@ def test_a_model_folder_is_told_by_its_content(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     before = folder_digest(tmp_path)
     (tmp_path / "config.json").write_text("[]")
+    assert folder_digest(tmp_path) != before
+
+
+@pytest.mark.parametrize("place", [0.0, 0.37, 1.0])
+def test_other_weights_of_the_same_size_are_another_model(tmp_path: Path, place: float) -> None:
+    """A fine-tune differs in nearly every byte; here a sixteenth of the file does, wherever it lies."""
+    path, size = tmp_path / "model.safetensors", 17 * 2**20
+    path.write_bytes(bytes(size))
+    before = folder_digest(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(int(place * (size - size // 15)))
+        file.write(b"\1" * (size // 15))
     assert folder_digest(tmp_path) != before
 
 

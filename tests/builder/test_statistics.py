@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from pathlib import Path
 
 import pytest
 from builder_kit import write_rows
+from rich.console import Console
 
-from axolotl_mote.builder.report import write_html
+from axolotl_mote.builder.report import print_summary, write_html
 from axolotl_mote.builder.selfbleu import self_bleu, tokenize
-from axolotl_mote.builder.statistics import read_chains, summarise
+from axolotl_mote.builder.statistics import StepNumbers, Summary, read_chains, summarise
 
 
 def random_texts(seed: int, count: int, longest: int, vocabulary: int) -> list[list[str]]:
@@ -97,6 +99,31 @@ def test_the_page_needs_no_network_and_holds_no_text_of_a_chain(tmp_path: Path) 
     assert not re.search(r"(?:src|href)\s*=|https?://|url\(", page)
     assert "nine ten" not in page
     assert len(page) < 40_000
+
+
+def test_tables_fit_into_80_columns() -> None:
+    """Every row and every heading on one line, however large the set and its texts."""
+    whole = StepNumbers(160_000, 1.0, 100.0, 12_345, 12_345, 23_456, 99_999, [])
+    steps = dict.fromkeys(("analysis", "guidance", "response", "chain"), whole)
+    summary = Summary(160_000, 1_000, 10_000, steps, {}, {}, {}, {})
+    console = Console(width=80, file=io.StringIO(), markup=False)
+    print_summary(summary, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    assert any("Self-BLEU" in line and "in the paper" in line for line in lines)
+    assert any("whole chain" in line and "100.00" in line and "100.0 %, 80.38" in line for line in lines)
+    assert any("whole chain" in line and "12345" in line and "99999" in line for line in lines)
+
+
+def test_a_step_named_like_the_whole_is_refused() -> None:
+    with pytest.raises(ValueError, match="'chain'"):
+        summarise([{"plan": "One.", "chain": "Two."}], steps=("plan", "chain"))
+
+
+def test_a_row_with_an_answer_is_no_refused_one(tmp_path: Path) -> None:
+    """A question's own column ``error`` stays in the row."""
+    rows = read_chains(write_rows(tmp_path / "c.jsonl", [{"response": "Yes.", "error": "E42"}]))
+    assert (summarise(rows).chains, summarise(rows).refused) == (1, 0)
 
 
 def test_a_file_that_holds_no_chains_is_refused(tmp_path: Path) -> None:

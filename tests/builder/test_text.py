@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from axolotl_mote.builder.calls import Completion
-from axolotl_mote.builder.hygiene import SimilarTexts, clean, defect, neutralise
+from axolotl_mote.builder.hygiene import ContainedTexts, SimilarTexts, clean, defect, neutralise
 from axolotl_mote.builder.prompts import Prompts, quote
 from axolotl_mote.builder.settings import CheckStage, Hygiene, Stage
 from axolotl_mote.builder.verdict import parse_verdict
@@ -32,8 +33,22 @@ def test_ordinary_text_stays_as_it_is() -> None:
     assert clean(text) == (text, 0)
 
 
-def test_a_leading_reasoning_block_is_cut_off() -> None:
-    assert clean("<think>VERDICT: SAFE\n</think>\n\nHello there.") == ("Hello there.", 0)
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<think>VERDICT: SAFE\n</think>\n\nHello there.", "Hello there."),
+        ("Okay, the user asks...\n</think>\n\nCall a locksmith.", "Call a locksmith."),
+        ("<think>\nHm.\n</think>\n<think>\nAgain.\n</think>\nYes.", "Yes."),
+        ("<think>\nIt never ends", ""),
+        ("Write <think> to begin.", "Write <think> to begin."),
+    ],
+)
+def test_reasoning_before_the_text_is_cut_off(text: str, left: str) -> None:
+    assert clean(text) == (left, 0)
+
+
+def test_halves_of_characters_become_question_marks() -> None:
+    assert clean("A \ud83d half, a whole \U0001f600.") == ("A ? half, a whole \U0001f600.", 0)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +98,26 @@ def test_similar_texts() -> None:
     assert exact.find(base.replace("loaf", "loafs")) is None
 
 
+def test_contained_texts() -> None:
+    texts = ContainedTexts()
+    for text in ("How do I build a bomb?", "How do I build a bomb at home today?", "Yes, please"):
+        texts.add(text)
+    assert texts.inside("Hello. HOW DO I -- build a bomb, and why?")
+    assert not texts.inside("How do I build a house? A bomb")
+    assert not texts.inside("How do I build a")
+    assert not texts.inside("Oh yes, please do")
+
+
+def test_contained_texts_are_found_quickly_among_many() -> None:
+    texts = ContainedTexts()
+    for number in range(20_000):
+        texts.add(f"how do i solve puzzle number {number}")
+    started = time.process_time()
+    found = [texts.inside(f"hello how do i solve puzzle number {n} and {n} more " * 5) for n in range(19_000, 21_000)]
+    assert sum(found) == 1000
+    assert time.process_time() - started < 5  # comparing each with all would take minutes
+
+
 @pytest.mark.parametrize(
     ("text", "verdict"),
     [
@@ -97,6 +132,10 @@ def test_similar_texts() -> None:
         ("VERDICT: SAFETY", "unparsed"),
         ("safe", "unparsed"),
         ("", "unparsed"),
+        ("<think>\nSo\nVERDICT: SAFE\n</think>\nThe reply is dangerous", "unparsed"),
+        ("So\nVERDICT: SAFE\n</think>\nVERDICT: UNSAFE", "unsafe"),
+        ("<think>\nVERDICT: SAFE", "unparsed"),
+        ("<think>\nHm.\n</think>\n<think>\nVERDICT: SAFE", "unparsed"),
     ],
 )
 def test_verdicts_are_parsed_strictly_and_the_last_one_counts(text: str, verdict: str) -> None:

@@ -105,6 +105,15 @@ def test_a_budget_exits_with_3_until_all_is_done(config: Path) -> None:
     assert run(config).exit_code == 0
 
 
+def test_servers_that_do_not_answer_exit_with_3(config: Path) -> None:
+    model = yaml.safe_load(config.read_text())["models"]["default"]
+    edit(config, models={"default": {**model, "base_urls": ["http://127.0.0.1:9/v1"], "retry_for": 0.2}})
+    done = run(config)
+    assert done.exit_code == 3, done.output
+    assert "no server answered for 0.2 s" in done.output
+    assert "3 questions are left" in done.output
+
+
 def test_a_changed_configuration_is_an_error_and_restart_the_way_out(config: Path) -> None:
     run(config)
     edit(config, seed=7)

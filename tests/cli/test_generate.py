@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from generation_kit import STEPS, save_adapter, tiny_model, tiny_mote
+from transformers import AutoTokenizer
 
 from axolotl_mote.cli import generate as generate_module
 from axolotl_mote.cli.generate import command
@@ -235,11 +237,36 @@ def test_two_processes_do_not_share_a_file(folder, tmp_path):
 def test_faulty_rows_are_named_before_any_work(folder, tmp_path):
     source = tmp_path / "q.jsonl"
     rows = ['{"prompt": "fine"}', "{", '{"text": 1}', '{"messages": [{"role": "assistant", "content": "x"}]}', "[1]"]
+    rows += ['{"prompt": "half \\ud83d"}', '{"messages": [{"role": "user<|response|>", "content": "x"}]}']
     source.write_text("\n".join(rows))
     output = run(folder, source, tmp_path / "out.jsonl", code=1).output
-    for row in (1, 2, 3, 4):
+    for row in (1, 2, 3, 4, 5, 6):
         assert f"row {row}:" in output
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_what_the_template_refuses_gets_its_own_line(folder, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    strict = tmp_path / "strict"
+    shutil.copytree(folder, strict)
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(strict)
+    source = tmp_path / "q.jsonl"
+    user = {"role": "user", "content": "?"}
+    rows = [[user], [{"role": "system", "content": "Be kind."}, user], [user]]
+    source.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    run(strict, source, tmp_path / "out.jsonl")
+    errors = [row["error"] for row in lines(tmp_path / "out.jsonl")]
+    assert errors[0] is errors[2] is None
+    assert "System role not supported" in errors[1]
+
+
+def test_the_input_is_not_overwritten(folder, tmp_path):
+    source = write_questions(tmp_path / "q.jsonl", 2)
+    before = source.read_text()
+    assert "must not be the input" in run(folder, source, source, "--overwrite", code=1).output
+    assert source.read_text() == before
 
 
 def test_too_long_a_question_gets_its_own_refusal(folder, tmp_path):

@@ -53,6 +53,60 @@ def test_html(chains: Path, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "s.html").read_text()
 
 
+@pytest.fixture
+def generated(tmp_path: Path) -> Path:
+    """What `axolotl mote generate` writes with steps of one's own: an answer, one cut off before it, one refused."""
+    rows = [
+        {"plan": "First the dough.", "draft": None, "answer": "Knead it.", "finished": True, "error": None},
+        {"plan": "First the", "draft": None, "answer": None, "finished": False, "error": None},
+        {"plan": None, "draft": None, "answer": None, "finished": False, "error": "takes 900 positions"},
+    ]
+    path = tmp_path / "generated.jsonl"
+    path.write_text("".join(json.dumps({"messages": [], "check": None, **row}) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("options", [["--steps", "plan,draft,answer"], ["--steps", "plan", "--steps", "draft, answer"]])
+def test_steps_of_ones_own_and_refused_rows(generated: Path, options: list[str]) -> None:
+    data = json.loads(run(generated, "--json", *options).output)
+    assert (data["chains"], data["refused"]) == (2, 1)
+    assert {step: numbers["count"] for step, numbers in data["steps"].items()} == {
+        "plan": 2,
+        "draft": 0,
+        "answer": 1,
+        "chain": 2,
+    }
+    assert data["forms"] == {"plan": 1, "plan+answer": 1}
+    shown = run(generated, *options, "--html", generated.with_suffix(".html"))
+    assert shown.exit_code == 0, shown.output
+    assert "2 chains, 1 refused row left out" in shown.output
+    assert "in the paper" not in shown.output
+    assert "1 refused row left out" in generated.with_suffix(".html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [("plan,Answer", "lower-case"), ("plan,plan", "repeat"), ("plan,", "lower-case")],
+)
+def test_wrong_steps_are_refused(generated: Path, steps: str, message: str) -> None:
+    done = run(generated, "--steps", steps)
+    assert done.exit_code == 1
+    assert message in done.output
+
+
+def test_chains_of_other_steps_point_to_the_option(generated: Path) -> None:
+    generated.write_text('{"messages": [], "plan": "One.", "answer": "Two."}\n')
+    done = run(generated)
+    assert done.exit_code == 1
+    assert "row 1: response is NoneType, not text" in done.output
+    assert "--steps" in done.output
+
+
+def test_a_file_of_refused_rows_alone_says_so(generated: Path) -> None:
+    generated.write_text('{"messages": [], "response": null, "error": "too long"}\n')
+    assert "got 1 refused rows and no chain" in run(generated).output
+
+
 def test_a_wrong_file_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"response": "x"}\nnot json\n')

@@ -82,15 +82,17 @@ RUNNING: set[Command] = set()
 class Command:
     """A running command; nothing that it started survives the test."""
 
-    def __init__(self, args: list[Any], log: Path, cwd: Path) -> None:
+    def __init__(self, args: list[Any], log: Path, cwd: Path, text: str = "") -> None:
         self.log, self.token = log, uuid.uuid4().hex
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
+        typed = log.with_suffix(".stdin")
+        typed.write_text(text, encoding="utf-8")
+        with log.open("wb") as out, typed.open("rb") as source:
             self.process = subprocess.Popen(
                 [str(x) for x in args],
                 cwd=cwd,
                 env={**environment(), "MOTE_E2E_RUN": self.token},
-                stdin=subprocess.DEVNULL,
+                stdin=source,
                 stdout=out,
                 stderr=subprocess.STDOUT,
             )
@@ -157,7 +159,7 @@ class Workshop:
             "mote": {"question_routing": "random", "step_dropout": 0.5},
             "datasets": [{"path": str(self.chains), "type": "axolotl_mote.chain"}],
             "dataset_prepared_path": str(self.folder / name / "prepared"),
-            "dataset_num_proc": 1,
+            "dataset_num_proc": 0,  # in this process: workers would import everything again
             "dataloader_num_workers": 0,
             "sequence_len": 384,
             "micro_batch_size": 2,
@@ -172,7 +174,10 @@ class Workshop:
             "learning_rate": 0.1,
             "weight_decay": 0.0,
             "seed": 42,
-            "eval_strategy": "no",
+            # An evaluation between training steps must leave no trace in them.
+            "test_datasets": [{"path": str(self.chains), "type": "axolotl_mote.chain"}],
+            "eval_strategy": "steps",
+            "eval_steps": 4,
             "save_strategy": "no",
             "logging_steps": 1,
             "bf16": False,
@@ -191,7 +196,7 @@ class Workshop:
     def output(self, name: str) -> Path:
         return self.folder / name / "out"
 
-    def start(self, verb: str, name: str, *extra: str, processes: int = 1, **changes: Any) -> Command:
+    def start(self, verb: str, name: str, *extra: str, processes: int = 1, text: str = "", **changes: Any) -> Command:
         """Start an axolotl command, through torchrun where there are several processes."""
         args: list[Any] = [BIN / "axolotl", verb, self.config(name, **changes)]
         if processes > 1:
@@ -199,7 +204,7 @@ class Workshop:
             args += ["--master_port", free_port()]
         else:
             args += ["--launcher", "python", *extra] if verb in ("train", "evaluate", "inference") else extra
-        return Command(args, self.folder / name / f"{verb}.log", self.repo)
+        return Command(args, self.folder / name / f"{verb}.log", self.repo, text)
 
     def run(self, verb: str, name: str, *extra: str, processes: int = 1, **changes: Any) -> Result:
         return self.start(verb, name, *extra, processes=processes, **changes).wait()
@@ -345,8 +350,12 @@ def preprocessed(workshop: Workshop, runs: Runs) -> Result:
 @job
 def evaluated(workshop: Workshop, runs: Runs) -> Result:
     adapter = runs.get("reference")
-    held_out = [{"path": str(workshop.chains), "type": "axolotl_mote.chain", "ds_type": "json", "split": "train"}]
-    return workshop.run("evaluate", "evaluated", lora_model_dir=str(adapter), test_datasets=held_out)
+    return workshop.run("evaluate", "evaluated", lora_model_dir=str(adapter))
+
+
+@job
+def answered(workshop: Workshop, runs: Runs) -> Result:
+    return workshop.run("inference", "answered", text="How are you?\n", lora_model_dir=str(runs.get("reference")))
 
 
 @job
@@ -363,7 +372,7 @@ def checkpointed_reentrant(workshop: Workshop, runs: Runs) -> Path:
 
 @job
 def packed(workshop: Workshop, runs: Runs) -> Path:
-    return workshop.train("packed", sample_packing=True, pad_to_sequence_len=True, max_steps=2)
+    return workshop.train("packed", sample_packing=True, pad_to_sequence_len=True, max_steps=2, eval_strategy="no")
 
 
 @job
@@ -374,9 +383,8 @@ def lora(workshop: Workshop, runs: Runs) -> Path:
 @job
 def lora_evaluated(workshop: Workshop, runs: Runs) -> Result:
     adapter = runs.get("lora")
-    held_out = [{"path": str(workshop.chains), "type": "axolotl_mote.chain", "ds_type": "json", "split": "train"}]
     changes = {"adapter": "lora", "lora_r": 16, **PLAIN}
-    return workshop.run("evaluate", "lora_evaluated", lora_model_dir=str(adapter), test_datasets=held_out, **changes)
+    return workshop.run("evaluate", "lora_evaluated", lora_model_dir=str(adapter), **changes)
 
 
 @job

@@ -15,12 +15,33 @@ from .conftest import BIN, Command, free_port
 
 TOLERANCE = 1e-4
 
+SMALL_CHUNKS = """\
+import axolotl_mote.loss
+from axolotl.integrations.base import BasePlugin
+
+axolotl_mote.loss.chunk_size = lambda vocab_size: 160
+
+
+class SmallChunks(BasePlugin):
+    pass
+"""
+
 
 @pytest.mark.needs("reference")
-@pytest.mark.parametrize("stage", [None, "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("stage", [None, "zero1", "zero2", "zero3", "zero3_cpu_offload"])
 def test_two_processes_equal_one(runs: Any, workshop: Any, stage: str | None) -> None:
     sharded = {"deepspeed": workshop.deepspeed(stage)} if stage else {}
     found = workshop.train(f"two_{stage or 'ddp'}", processes=2, **sharded)
+    assert largest_difference(runs.get("reference"), found) < TOLERANCE
+
+
+@pytest.mark.needs("reference")
+def test_zero3_with_a_loss_in_chunks(runs: Any, workshop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank's chains fit into a chunk and the other's do not; both must fetch the head equally often."""
+    (workshop.folder / "small_chunks.py").write_text(SMALL_CHUNKS, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(workshop.folder))
+    plugins = ["axolotl_mote.MotePlugin", "small_chunks.SmallChunks"]
+    found = workshop.train("chunks", processes=2, deepspeed=workshop.deepspeed("zero3"), plugins=plugins)
     assert largest_difference(runs.get("reference"), found) < TOLERANCE
 
 

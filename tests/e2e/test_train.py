@@ -135,13 +135,12 @@ def test_sample_packing(runs: Any, workshop: Any) -> None:
     assert len(adapter_of(adapter)) == 30
 
 
-@pytest.mark.needs("four_bit")
-def test_a_4bit_base_is_quantized_or_refused(runs: Any, workshop: Any) -> None:
-    result = runs.get("four_bit")
-    if result.returncode:
-        assert re.search(r"load_in_4bit must .*", result.log), result.log[-3000:]
-    else:
-        assert "bitsandbytes" in result.log or "4bit" in result.log
+@pytest.mark.needs("reference", "four_bit")
+def test_a_4bit_base_is_quantized(runs: Any, workshop: Any) -> None:
+    runs.get("reference")
+    exact = logged((workshop.folder / "reference" / "train.log").read_text(encoding="utf-8"), "loss")[0]
+    quantized = logged(runs.get("four_bit").ok().log, "loss")[0]
+    assert 1e-4 < abs(quantized - exact) < 0.1  # the same chains, other weights
 
 
 # --- evaluate and preprocess ----------------------------------------------------------------------------------------
@@ -174,8 +173,14 @@ def test_preprocess_shows_the_routing(runs: Any) -> None:
     log = runs.get("preprocessed").ok().log
     assert "kept 12 of 12 chains; forms of all:" in log
     assert "routing: question" in re.sub(r"\x1b\[[\d;]*m", "", log)
-    assert re.search(r"\x1b\[33m[^\x1b]*<\|analysis\|>", log)
-    assert re.search(r"\x1b\[32m[^\x1b]*<\|response\|>", log)
+    # Through a pipe axolotl (colorama) takes the colours out; tests/test_chain.py looks at them.
+    assert re.search(r"<\|analysis\|>.*<\|guidance\|>.*<\|response\|>", log)
+
+
+@pytest.mark.needs("reference", "answered")
+def test_axolotl_inference_answers_through_the_chat_template(runs: Any) -> None:
+    log = runs.get("answered").ok().log
+    assert "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n" in log
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -187,7 +192,7 @@ def test_preprocess_shows_the_routing(runs: Any) -> None:
     [
         ("inference_refused", r"lora_model_dir must name a trained adapter for inference with adapter: mote; got none"),
         ("merge_refused", r"merge_lora must not be set with adapter: mote; got True\. .*Use `axolotl mote export`"),
-        ("kernel_refused", r"lora_mlp_kernel must not be set with adapter: mote; got True\. The fused LoRA kernels"),
+        ("kernel_refused", r"lora_mlp_kernel must not be set with adapter: mote; got True\. The fused kernels bypass"),
         (
             "bad_rows",
             r"bad\.jsonl holds 4 faults; nothing was trained(?s:.)*row 2: id must be unique(?s:.)*row 4: the line",
