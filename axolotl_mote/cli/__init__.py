@@ -10,6 +10,8 @@ from importlib import import_module
 
 import click
 
+from axolotl_mote.noise import silence_imports
+
 _COMMANDS = {
     "build": "Write a chain data set: the model aligns itself on your questions.",
     "stats": "Show amounts, lengths and diversity of a chain data set.",
@@ -46,3 +48,4 @@ def main() -> None:
       axolotl train mote.yml
       axolotl mote generate --adapter outputs/mote --input questions.jsonl --output chains.jsonl
     """
+    silence_imports()

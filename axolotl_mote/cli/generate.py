@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments
+from axolotl_mote.digest import folder_digest
 
 if TYPE_CHECKING:
     from axolotl_mote.generation.jsonl import Output, Question
@@ -185,20 +186,25 @@ def run_fingerprint(
     batch_size: int,
     check: bool,
 ) -> str:
-    """Twelve hex digits over the adapter's files and everything that shapes an answer.
+    """Twelve hex digits over the adapter, the base model's folder and everything that shapes an answer.
 
     Greedy answers do not depend on the batch size, sampled ones do.
     """
     digest = hashlib.sha256()
+    base = base_model
     if (adapter / "adapter_config.json").is_file():
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         for name in ("target_modules", "exclude_modules"):  # sets, which peft writes in any order
             if isinstance(config.get(name), list):
                 config[name] = sorted(config[name])
         digest.update(json.dumps(config, sort_keys=True).encode())
-    if (adapter / "adapter_model.safetensors").is_file():
-        with (adapter / "adapter_model.safetensors").open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        base = base or config.get("base_model_name_or_path")
+    for name in ("adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (adapter / name).is_file():
+            with (adapter / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    if base and Path(base).is_dir():
+        digest.update(folder_digest(Path(base)).encode())
     shape = [base_model, dtype, settings, seed, batch_size if seed is not None else None, check]
     digest.update(json.dumps(shape, sort_keys=True).encode())
     return digest.hexdigest()[:12]

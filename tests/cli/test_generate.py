@@ -206,8 +206,6 @@ def test_overwrite_deletes_nothing_until_all_is_loaded(folder, tmp_path):
 
 
 def test_the_fingerprint_ignores_the_order_of_target_modules(folder, tmp_path):
-    import shutil
-
     copy = shutil.copytree(folder, tmp_path / "adapter")
     config = json.loads((copy / "adapter_config.json").read_text())
     config["target_modules"].reverse()
@@ -218,6 +216,19 @@ def test_the_fingerprint_ignores_the_order_of_target_modules(folder, tmp_path):
     config["r"] += 1
     (copy / "adapter_config.json").write_text(json.dumps(config))
     assert generate_module.run_fingerprint(copy, *settings) != same
+
+
+def test_the_fingerprint_notices_another_base_model_and_template(folder, tmp_path):
+    base = shutil.copytree(folder.parent / "base", tmp_path / "base")
+    adapter = shutil.copytree(folder, tmp_path / "adapter")
+    settings = (str(base), "auto", {}, None, 8, False)
+    seen = {generate_module.run_fingerprint(adapter, *settings)}
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    seen.add(generate_module.run_fingerprint(adapter, *settings))
+    (adapter / "chat_template.jinja").write_text("another")
+    seen.add(generate_module.run_fingerprint(adapter, *settings))
+    assert len(seen) == 3
 
 
 def test_no_step_may_be_named_like_a_column():
