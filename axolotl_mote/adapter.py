@@ -127,7 +127,8 @@ class MoteModel(LoraModel):
     model: PreTrainedModel
     routing: Routing
     loss_chunks: int | None = None
-    """How often the loss runs the head. DeepSpeed ZeRO-3 fetches it for every call, so all ranks must call alike."""
+    """How often the loss runs the head; None: as often as it takes. Once under DeepSpeed ZeRO-3, which gathers the head
+    for every call, so that all ranks must call alike, and does not gather it when a chunk is computed again."""
 
     def _pre_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         if not isinstance(config, MoteConfig) or not config.marker_ids:

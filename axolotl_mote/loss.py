@@ -55,7 +55,7 @@ def token_losses(
         targets: Shifted labels, shape (B, T); -100 gives 0.
         head: (N, D) -> logits (N, V).
         vocab_size: V, for the chunk size.
-        chunks: Number of chunks, for those who must call the head equally often whatever T is; None: as many as needed.
+        chunks: Number of chunks; None: as many as it takes to hold no more than ``chunk_size`` tokens' logits.
 
     Returns:
         Losses, shape (B, T), float32.

@@ -107,7 +107,6 @@ class MotePlugin(BasePlugin):
         from axolotl_mote.adapter import add_mote_adapter
         from axolotl_mote.chain import marker_ids, marker_words
         from axolotl_mote.config import MoteConfig
-        from axolotl_mote.loss import chunk_size
 
         options, tokenizer = _options(cfg), load_tokenizer(cfg)
         if model is not None:
@@ -148,9 +147,7 @@ class MotePlugin(BasePlugin):
         routing.seed = cfg.seed or 0
         routing.step_dropout = options.dropout_probabilities
         if zero3():
-            tokens = cfg.sequence_len * max(cfg.micro_batch_size, cfg.eval_batch_size or 1)
-            size = chunk_size(model.config.get_text_config().vocab_size)
-            model.base_model.loss_chunks = max(1, -(-tokens // size))
+            model.base_model.loss_chunks = 1
         model.print_trainable_parameters()
         return model, config
 

@@ -372,7 +372,15 @@ def checkpointed_reentrant(workshop: Workshop, runs: Runs) -> Path:
 
 @job
 def packed(workshop: Workshop, runs: Runs) -> Path:
-    return workshop.train("packed", sample_packing=True, pad_to_sequence_len=True, max_steps=2, eval_strategy="no")
+    return workshop.train(
+        "packed",
+        sample_packing=True,
+        pad_to_sequence_len=True,
+        max_steps=2,
+        test_datasets=None,
+        eval_strategy=None,
+        eval_steps=None,
+    )
 
 
 @job
