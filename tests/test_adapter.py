@@ -341,3 +341,24 @@ def test_a_second_adapter_and_missing_ids_are_refused(tmp_path: Path) -> None:
 def test_documents_are_found_in_single_rows() -> None:
     assert document_starts(torch.tensor([[4, 5]])).tolist() == [[0, 0]]
     assert MARKER_IDS[0] == VOCABULARY
+
+
+# --- quantized bases ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "kind"), [("load_in_4bit", "Linear4bit"), ("load_in_8bit", "Linear8bitLt")])
+def test_experts_stand_on_quantized_layers(key: str, kind: str, tmp_path: Path) -> None:
+    """What the plugin hands to transformers quantizes every linear layer of the decoder, and the experts train on it."""
+    pytest.importorskip("bitsandbytes")
+    from axolotl_mote.host import quantize_through_model_kwargs
+
+    base_model("llama").save_pretrained(tmp_path)
+    raw = {key: True, "bf16": False}
+    quantize_through_model_kwargs(raw)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, **raw["model_kwargs"])
+    model = randomise(add_mote_adapter(base, mote_config()))
+    layers = [module for module in model.modules() if isinstance(module, MoteLinear)]
+    assert layers
+    assert {type(layer.base_layer).__name__ for layer in layers} == {kind}
+    model(input_ids=torch.tensor([chain()])).logits.float().square().mean().backward()
+    assert all(layer.lora_A["default"].weight.grad is not None for layer in layers)

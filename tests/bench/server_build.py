@@ -9,6 +9,7 @@ than three times as fast as one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -67,7 +68,8 @@ class Server:
 
     def kill(self) -> None:
         """kill -9 to the whole process group."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 

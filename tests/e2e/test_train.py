@@ -135,12 +135,11 @@ def test_sample_packing(runs: Any, workshop: Any) -> None:
     assert len(adapter_of(adapter)) == 30
 
 
-@pytest.mark.needs("reference", "four_bit")
-def test_a_4bit_base_is_quantized(runs: Any, workshop: Any) -> None:
-    runs.get("reference")
-    exact = logged((workshop.folder / "reference" / "train.log").read_text(encoding="utf-8"), "loss")[0]
-    quantized = logged(runs.get("four_bit").ok().log, "loss")[0]
-    assert 1e-4 < abs(quantized - exact) < 0.1  # the same chains, other weights
+@pytest.mark.needs("four_bit")
+def test_a_4bit_base_trains(runs: Any) -> None:
+    """What is not quantized is refused at start; tests/test_adapter.py looks at the layers."""
+    (loss,) = logged(runs.get("four_bit").ok().log, "loss")
+    assert 10 < loss < 11.5
 
 
 # --- evaluate and preprocess ----------------------------------------------------------------------------------------
