@@ -348,7 +348,7 @@ def test_documents_are_found_in_single_rows() -> None:
 
 @pytest.mark.parametrize(("key", "kind"), [("load_in_4bit", "Linear4bit"), ("load_in_8bit", "Linear8bitLt")])
 def test_experts_stand_on_quantized_layers(key: str, kind: str, tmp_path: Path) -> None:
-    """What the plugin hands to transformers quantizes every linear layer of the decoder, and the experts train on it."""
+    """What the plugin hands to transformers quantizes all linear layers of the decoder; the experts train on them."""
     pytest.importorskip("bitsandbytes")
     from axolotl_mote.host import quantize_through_model_kwargs
 

@@ -248,7 +248,15 @@ def _report(summary: dict[str, dict[str, Any]], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("steps", overflow="fold"), "rows", "finished", "refused", "tokens a row", "of them in each step", "verdicts")
+    table = Table(
+        Column("steps", overflow="fold"),
+        "rows",
+        "finished",
+        "refused",
+        "tokens a row",
+        "of them in each step",
+        "verdicts",
+    )
     for mode, figures in summary.items():
         tokens = ", ".join(f"{name} {value:g}" for name, value in figures["step_tokens_per_row"].items())
         verdicts = ", ".join(f"{name} {value}" for name, value in figures["verdicts"].items())
