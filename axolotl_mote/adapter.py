@@ -126,9 +126,9 @@ class MoteModel(LoraModel):
 
     model: PreTrainedModel
     routing: Routing
-    loss_chunks: int | None = None
-    """How often the loss runs the head; None: as often as it takes. Once under DeepSpeed ZeRO-3, which gathers the head
-    for every call, so that all ranks must call alike, and does not gather it when a chunk is computed again."""
+    chunked_loss = True
+    """Off under DeepSpeed ZeRO-3: it gathers the head for every call, so all ranks must call equally often, whatever
+    the length of their rows, and it does not gather the head when a chunk is computed again."""
 
     def _pre_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
         if not isinstance(config, MoteConfig) or not config.marker_ids:
@@ -195,7 +195,7 @@ class MoteModel(LoraModel):
         self._route(self.model, args, kwargs)
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         hidden = self.model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
-        losses = token_losses(hidden, targets, self._logits, self._vocab_size, self.loss_chunks)
+        losses = token_losses(hidden, targets, self._logits, self._vocab_size, self.chunked_loss)
         return CausalLMOutputWithPast(loss=losses)
 
     def _logits(self, hidden: Tensor) -> Tensor:

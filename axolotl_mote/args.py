@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from axolotl_mote.steps import DEFAULT_STEPS, answer_step, validate_steps
 
+CHAIN_TYPE = "axolotl_mote.chain"
+
 
 class MoteOptions(BaseModel):
     """The `mote:` block of an axolotl configuration. Unknown keys are errors."""
@@ -154,7 +156,7 @@ def check_baseline(cfg: dict[str, Any]) -> None:
     Raises:
         ValueError: Naming the key and the way out.
     """
-    if any(entry.get("type") == "axolotl_mote.chain" for entry in cfg.get("datasets") or [] if isinstance(entry, dict)):
+    if any(entry.get("type") == CHAIN_TYPE for entry in cfg.get("datasets") or [] if isinstance(entry, dict)):
         _check_data_options(cfg)
     for key in ("expert_weight", "question_routing", "step_dropout", "compile"):
         if key in (cfg.get("mote") or {}):

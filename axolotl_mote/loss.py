@@ -46,7 +46,7 @@ def chunk_size(vocab_size: int) -> int:
 
 
 def token_losses(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, chunks: int | None = None
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, chunked: bool = True
 ) -> Tensor:
     """Negative log-likelihood of every target, float32, in chunks of tokens.
 
@@ -55,24 +55,24 @@ def token_losses(
         targets: Shifted labels, shape (B, T); -100 gives 0.
         head: (N, D) -> logits (N, V).
         vocab_size: V, for the chunk size.
-        chunks: Number of chunks; None: as many as it takes to hold no more than ``chunk_size`` tokens' logits.
+        chunked: Hold no more than ``chunk_size`` tokens' logits; off: call the head once, on all tokens.
 
     Returns:
         Losses, shape (B, T), float32.
     """
     flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
-    chunks = chunks or -(-flat.shape[0] // chunk_size(vocab_size))
+    chunk = chunk_size(vocab_size)
 
     def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
 
-    if chunks == 1:
+    if not chunked or flat.shape[0] <= chunk:
         losses = chunk_loss(flat, flat_targets)
     else:
         losses = torch.cat(
             [
                 checkpoint(chunk_loss, *part, use_reentrant=False)
-                for part in zip(flat.tensor_split(chunks), flat_targets.tensor_split(chunks), strict=True)
+                for part in zip(flat.split(chunk), flat_targets.split(chunk), strict=True)
             ]
         )
     return losses.view_as(targets)

@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 
-from axolotl_mote.args import MoteOptions, check_config
+from axolotl_mote.args import CHAIN_TYPE, MoteOptions, check_config
 from axolotl_mote.host import (
     compile_layers,
     let_cpu_processes_meet,
@@ -17,8 +17,6 @@ from axolotl_mote.host import (
     zero3,
 )
 from axolotl_mote.steps import markers
-
-CHAIN_TYPE = "axolotl_mote.chain"
 
 
 class MotePlugin(BasePlugin):
@@ -47,7 +45,7 @@ class MotePlugin(BasePlugin):
         cfg["special_tokens"] = special
         if cfg.get("inference"):
             cfg.setdefault("chat_template", "tokenizer_default")  # without one axolotl feeds the text as it is typed
-        if cfg.get("dataset_prepared_path"):
+        if cfg.get("dataset_prepared_path") and _chain_files(cfg):
             # axolotl knows a prepared data set by the file's name: chains that were built anew would not be noticed.
             cfg["dataset_prepared_path"] = str(Path(cfg["dataset_prepared_path"]) / _digest_of_chains(cfg))
         let_cpu_processes_meet(bool(cfg.get("deepspeed")))
@@ -146,8 +144,7 @@ class MotePlugin(BasePlugin):
         routing = model.base_model.routing
         routing.seed = cfg.seed or 0
         routing.step_dropout = options.dropout_probabilities
-        if zero3():
-            model.base_model.loss_chunks = 1
+        model.base_model.chunked_loss = not zero3()
         model.print_trainable_parameters()
         return model, config
 

@@ -58,11 +58,13 @@ def _question(row: int, line: str) -> Question:
         raise ValueError(f"row {row}: not a JSON object")
     for name in _QUESTION_FIELDS:
         value = columns.get(name)
-        if isinstance(value, str) or (name == "messages" and value is not None):
-            messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
-            if faults := check_messages(messages):
-                raise ValueError(f"row {row}: {' '.join(faults)}")
-            return Question(row, messages, columns)
+        if name != "messages" and isinstance(value, str):
+            value = [{"role": "user", "content": value}]
+        elif name != "messages" or value is None:
+            continue
+        if faults := check_messages(value):
+            raise ValueError(f"row {row}: {' '.join(faults)}")
+        return Question(row, value, columns)
     raise ValueError(f"row {row}: none of the columns {', '.join(_QUESTION_FIELDS)}")
 
 

@@ -248,10 +248,14 @@ def test_two_processes_do_not_share_a_file(folder, tmp_path):
 def test_faulty_rows_are_named_before_any_work(folder, tmp_path):
     source = tmp_path / "q.jsonl"
     rows = ['{"prompt": "fine"}', "{", '{"text": 1}', '{"messages": [{"role": "assistant", "content": "x"}]}', "[1]"]
-    rows += ['{"prompt": "half \\ud83d"}', '{"messages": [{"role": "user<|response|>", "content": "x"}]}']
+    rows += [
+        '{"prompt": "half \\ud83d"}',
+        '{"messages": [{"role": "user<|response|>", "content": "x"}]}',
+        '{"messages": "text"}',
+    ]
     source.write_text("\n".join(rows))
     output = run(folder, source, tmp_path / "out.jsonl", code=1).output
-    for row in (1, 2, 3, 4, 5, 6):
+    for row in (1, 2, 3, 4, 5, 6, 7):
         assert f"row {row}:" in output
     assert not (tmp_path / "out.jsonl").exists()
 
