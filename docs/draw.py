@@ -1,4 +1,4 @@
-"""Draws docs/images/how-it-works.svg: tokens -> step ids -> gate -> one LoRA, and what hiding a step does."""
+"""Draws docs/images/how-it-works.svg: tokens -> step ids -> gate -> one LoRA, and what step dropout does."""
 
 from __future__ import annotations
 
@@ -137,17 +137,17 @@ def draw_lora(c: Canvas, x: float, y: float) -> None:
 
 
 def draw_mask(c: Canvas, x: float, y: float) -> None:
-    c.text(x, y, "Step dropout: here the analysis is hidden", 15, anchor="start", extra='font-weight="bold"')
-    c.text(x, y + 20, "who may attend to whom", 11, FAINT, anchor="start")
+    c.text(x, y, "Step dropout: here the analysis is dropped", 15, anchor="start", extra='font-weight="bold"')
+    c.text(x, y + 20, "which token (row) may attend to which (column)", 11, FAINT, anchor="start")
     sizes, names, unit = [4, 4, 3, 4], ["question", "analysis", "guidance", "response"], 11
     left, top = x + 64, y + 34
     steps = [k for k, size in enumerate(sizes) for _ in range(size)]
     for q, q_step in enumerate(steps):
         for k, k_step in enumerate(steps[: q + 1]):
-            hidden = k_step == 1 and q_step > 1
+            dropped = k_step == 1 and q_step > 1
             c.rect(
-                left + k * unit, top + q * unit, unit - 1, unit - 1, "#eef0f3" if hidden else COLOURS[k_step],
-                1.0 if hidden else 0.75,
+                left + k * unit, top + q * unit, unit - 1, unit - 1, "#eef0f3" if dropped else COLOURS[k_step],
+                1.0 if dropped else 0.75,
             )  # fmt: skip
     at = 0
     for name, size, colour in zip(names, sizes, COLOURS, strict=True):
@@ -159,8 +159,8 @@ def draw_mask(c: Canvas, x: float, y: float) -> None:
     for size, span, colour in zip(sizes, positions, COLOURS, strict=True):
         c.text(left + 15 * unit + 30, top + (at + size / 2) * unit + 4, span, 12, colour, extra='font-weight="bold"')
         at += size
-    c.text(x, top + 15 * unit + 22, "Later steps see, and count, as if it had never been", 11, FAINT, anchor="start")
-    c.text(x, top + 15 * unit + 37, "written; the analysis itself is still trained.", 11, FAINT, anchor="start")
+    c.text(x, top + 15 * unit + 22, "Later steps attend and count positions as if it were", 11, FAINT, anchor="start")
+    c.text(x, top + 15 * unit + 37, "absent; the analysis itself is still trained.", 11, FAINT, anchor="start")
 
 
 def draw() -> str:

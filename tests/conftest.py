@@ -26,7 +26,7 @@ def repo() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """Folder of the real SmolLM2-135M-Instruct (float32); built once into models/, reused by later runs."""
-    from axolotl_mote.quickstart import prepare_model
+    from axolotl_mote.cli.quickstart import prepare_model
 
     folder = REPO / "models" / "SmolLM2-135M-Instruct"
     prepare_model(folder)

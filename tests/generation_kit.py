@@ -12,10 +12,10 @@ from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from axolotl_mote.adapter import add_mote_adapter
-from axolotl_mote.chain import marker_ids, marker_words
-from axolotl_mote.config import MoteConfig
-from axolotl_mote.steps import markers
+from axolotl_mote.chain.codec import ChainCodec
+from axolotl_mote.chain.steps import markers
+from axolotl_mote.model.adapter import add_mote_adapter
+from axolotl_mote.model.config import MoteConfig
 
 STEPS = ("analysis", "guidance", "response")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -78,16 +78,17 @@ def random_adapter(
     **options: Any,
 ) -> PeftModel:
     """A MoTE adapter with random experts, all different, so that a wrong expert changes the logits."""
+    codec = ChainCodec(tokenizer, steps)
     config = MoteConfig(
         r=r,
         lora_alpha=2 * r,
         target_modules=LINEARS,
         steps=list(steps),
-        marker_ids=marker_ids(tokenizer, steps),
+        marker_ids=codec.vocabulary.marker_ids,
         task_type="CAUSAL_LM",
         **options,
     )
-    peft_model = add_mote_adapter(model, config, marker_words(tokenizer, steps))
+    peft_model = add_mote_adapter(model, config, codec.marker_words())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():

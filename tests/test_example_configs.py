@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from axolotl_mote.args import MoteOptions
+from axolotl_mote.training.args import MoteOptions
 
 REPO = Path(__file__).resolve().parent.parent
 CONFIGS = REPO / "example_configs"
@@ -20,6 +20,16 @@ TRAINING = sorted(
     if "base_model" in yaml.safe_load(file.read_text(encoding="utf-8"))
 )
 ABLATIONS = [name for name in TRAINING if name.startswith("ablations/")]
+# The settings of the paper with one thing changed each: the keys that may differ from llama3-8b.yml.
+BATCH = {"micro_batch_size", "gradient_accumulation_steps"}
+OTHER_BASE = {"base_model", "chat_template", "datasets", "special_tokens"}
+VARIANTS = {
+    "llama3-8b-flash-attention.yml": {"attn_implementation"},
+    "llama3-8b-qlora.yml": {"load_in_4bit", *BATCH},
+    "wizard-vicuna-7b.yml": {"chat_template_jinja", "sequence_len", *OTHER_BASE},
+    "qwen3-8b.yml": OTHER_BASE,
+}
+OWN_TEMPLATES = [name for name, keys in VARIANTS.items() if "chat_template" in keys]
 H100 = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
 
 
@@ -28,7 +38,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def test_all_configs_are_found() -> None:
-    assert {"quickstart.yml", "llama3-8b.yml", "multinode/llama3-8b-2nodes.yml"} <= set(TRAINING)
+    assert {"quickstart.yml", "llama3-8b.yml", "multinode/llama3-8b-2nodes.yml", *VARIANTS} <= set(TRAINING)
     assert len(ABLATIONS) == 5
 
 
@@ -63,8 +73,57 @@ def test_paths_and_launch_command_exist(name: str) -> None:
 def test_data_is_shipped_or_written_by_a_build(name: str) -> None:
     builds = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in CONFIGS.glob("build_*.yml")]
     written = {f"{build['output']}/chains.jsonl" for build in builds}
+    header = (CONFIGS / name).read_text(encoding="utf-8").split("base_model:")[0]
+    written |= {f"{folder}/chains.jsonl" for folder in re.findall(r"axolotl mote build \S+ --output (\S+)", header)}
     for dataset in load(name)["datasets"]:
         assert (REPO / dataset["path"]).is_file() or dataset["path"] in written
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_differs_only_where_meant(name: str) -> None:
+    base, changed = load("llama3-8b.yml"), load(name)
+    different = {key for key in base.keys() | changed.keys() if base.get(key) != changed.get(key)}
+    assert different == VARIANTS[name] | {"output_dir"}
+
+
+@pytest.mark.parametrize("name", OWN_TEMPLATES)
+def test_own_chat_template_suits_chains(name: str, smollm2_dir: Path) -> None:
+    """The prompt ends where the chain starts, no think block is open, and the turn ends with a special token."""
+    templates = pytest.importorskip("axolotl.utils.chat_templates")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    tokenizer.chat_template = templates.get_chat_template_from_config(load(name), tokenizer=tokenizer)
+    dialogue = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 1 + 1?"},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": "And 2 + 2?"},
+    ]
+    prompt = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+    assert [prompt.count(turn["content"]) for turn in dialogue] == [1, 1, 1, 1]
+    assert re.search(r"assistant[:\n]$", prompt, flags=re.IGNORECASE)
+    assert "<think>" not in prompt
+    answered = tokenizer.apply_chat_template([*dialogue, {"role": "assistant", "content": "Four."}], tokenize=False)
+    assert answered.split("Four.")[1].startswith(tokenizer.eos_token)
+
+
+def test_vicuna_prompt() -> None:
+    """The format of Vicuna 1.1, character by character."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    dialogue = [
+        {"role": "user", "content": "A?"},
+        {"role": "assistant", "content": "B."},
+        {"role": "user", "content": "C?"},
+    ]
+    template = load("wizard-vicuna-7b.yml")["chat_template_jinja"]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    rendered, _ = render_jinja_template([dialogue], chat_template=template, add_generation_prompt=True, **tokens)
+    assert rendered == [
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: A? ASSISTANT: B.</s>USER: C? ASSISTANT:"
+    ]
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -89,8 +148,9 @@ def test_deepspeed_configs_name_their_stage() -> None:
     assert stages == {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_cpu_offload": 3}
 
 
-def test_paper_settings() -> None:
-    config = load("llama3-8b.yml")
+@pytest.mark.parametrize("name", ["llama3-8b.yml", *VARIANTS])
+def test_paper_settings(name: str) -> None:
+    config = load(name)
     assert config["lora_r"] == 16
     assert config["num_epochs"] == 3
     assert config["learning_rate"] == 2e-5

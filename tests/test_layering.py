@@ -1,8 +1,13 @@
-"""Imports point downwards only, and light things stay light."""
+"""Imports point downwards only, between the rooms and inside each of them; light things stay light.
+
+The order is the one that people read: the docstring of a package lists its modules from the bottom up, and a module
+imports only those listed before it.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,140 +16,135 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "axolotl_mote"
 
-LAYERS = [
-    "noise",
-    "digest",
-    "steps",
-    "args",
-    "config",
-    "routing",
-    "masks",
-    "attention",
-    "loss",
-    "markers",
-    "adapter",
-    "chain",
-    "trainer",
-    "host",
-    "plugin",
-    "generation",
-    "export",
-    "builder",
-    "evaluation",
-    "serving",
-    "quickstart",
-    "cli",
-]
-"""Bottom to top; a module may import those before it, never those after it."""
+NEEDS_AXOLOTL = {"training"}
+"""The room that may import axolotl. A serving environment has the package without it."""
 
-TRAINING_ONLY = {"chain", "trainer", "host", "plugin"}
-"""Modules that may need axolotl. A serving environment has the package without it, so the rest must not."""
+HOSTS = {"axolotl", "accelerate", "deepspeed", "trl"}
 
-HOST_PACKAGES = {"axolotl", "deepspeed", "trl"}
+NAMED_EXCEPTIONS = {("axolotl_mote.chain", "axolotl_mote.training.dataset")}
+"""axolotl looks for `load` in the module that `type: axolotl_mote.chain` names; the strategy belongs to training."""
+
+HEAVY = {"torch", "transformers", "peft", "datasets"} | HOSTS
 
 
-def _layer(dotted: str) -> str:
-    """``axolotl_mote.builder.prompts`` -> ``builder``; the package itself -> ``__init__``."""
-    parts = dotted.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+def listed(init: Path) -> list[str]:
+    """Names that the docstring of a package lists, from the bottom up."""
+    docstring = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8")), clean=False) or ""
+    return re.findall(r"^    (\w+)  +\S", docstring, re.MULTILINE)
 
 
-def _modules() -> list[tuple[str, Path]]:
+def modules(root: Path) -> list[tuple[str, Path]]:
     """(dotted name, file) of every module; a package is named without ``__init__``."""
     found = []
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    for file in sorted(root.rglob("*.py")):
+        parts = file.relative_to(root.parent).with_suffix("").parts
         found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), file))
     return found
 
 
-def _imports(dotted: str, file: Path) -> list[tuple[str, int, bool]]:
-    """(imported dotted name, line, whether at module level) of every import statement in a file."""
+def imports(dotted: str, file: Path) -> list[tuple[str, int, bool]]:
+    """(imported dotted name, line, whether it runs when the module is imported) of every import in a file."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     package = dotted if file.name == "__init__.py" else dotted.rpartition(".")[0]
+    if dotted == PACKAGE.name:  # what the package exports, for type checkers
+        tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
     top_level = {id(node) for node in tree.body}
     found = []
     for node in ast.walk(tree):
-        at_top = id(node) in top_level
         if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno, at_top) for alias in node.names]
+            found += [(alias.name, node.lineno, id(node) in top_level) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
-            if base == PACKAGE.name:  # from axolotl_mote import steps
-                found += [(f"{base}.{alias.name}", node.lineno, at_top) for alias in node.names]
-            else:
-                found.append((base, node.lineno, at_top))
+            found += [(f"{base}.{alias.name}", node.lineno, id(node) in top_level) for alias in node.names]
     return found
 
 
-def violations(modules: list[tuple[str, Path]]) -> list[str]:
-    """One line for every import that breaks a rule."""
+def violations(root: Path) -> list[str]:
+    """One line for every import that breaks a rule, and for every list that is not true."""
+    known = dict(modules(root))
     broken = []
-    for dotted, file in modules:
-        layer = _layer(dotted)
-        if layer not in (*LAYERS, "__init__"):
-            broken.append(f"{dotted} is in no layer; add it to LAYERS in {Path(__file__).name}")
-            continue
-        for target, line, at_top in _imports(dotted, file):
-            where = f"{file.name}:{line} ({dotted})"
-            root = target.split(".")[0]
-            if root in HOST_PACKAGES and at_top and layer not in TRAINING_ONLY:
-                broken.append(f"{where} imports {root} at the top; only {sorted(TRAINING_ONLY)} may")
-            if root != PACKAGE.name or target == f"{PACKAGE.name}.__version__":
+    for dotted, file in known.items():
+        if file.name == "__init__.py":
+            present = {name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == dotted}
+            names = listed(file)
+            if set(names) != present - {"__main__"} or len(set(names)) != len(names):
+                broken.append(f"{dotted} must list {sorted(present)} in its docstring, once each; got {names}")
+    for dotted, file in known.items():
+        for target, line, at_top in imports(dotted, file):
+            where = f"{dotted}:{line}"
+            if target.split(".")[0] in HOSTS and dotted.split(".")[1:2] != ["training"] and at_top:
+                broken.append(f"{where} imports {target}; only {sorted(NEEDS_AXOLOTL)} may")
+            if target.split(".")[0] != root.name or target == f"{root.name}.__version__":
                 continue
-            other = _layer(target)
-            if other not in LAYERS:
-                broken.append(f"{where} imports {target}; import the module that defines it")
-            elif layer == "__init__" or LAYERS.index(other) > LAYERS.index(layer):
-                broken.append(f"{where} imports {target}, which is above it")
-            elif layer not in (*TRAINING_ONLY, "quickstart", "cli") and other in ("trainer", "plugin"):
-                broken.append(f"{where} imports {target}, which needs axolotl")
-    return broken
+            while target not in known:
+                target = target.rpartition(".")[0]
+            if (dotted, target) not in NAMED_EXCEPTIONS and not _downward(root, known, dotted, target):
+                broken.append(f"{where} imports {target}, which does not stand below it")
+    return list(dict.fromkeys(broken))
+
+
+def _downward(root: Path, known: dict[str, Path], dotted: str, target: str) -> bool:
+    """Whether a target stands before a module in the list of the package that both live in."""
+    here, there = dotted.split("."), target.split(".")
+    depth = 0
+    while depth < min(len(here), len(there)) and here[depth] == there[depth]:
+        depth += 1
+    if here[-1] == "__main__" and there == here[:-1]:
+        return True
+    if depth == len(there) or depth == len(here):  # a package and what is inside it
+        return depth == len(here) and depth > 1 and known[dotted].name == "__init__.py"
+    package = known[".".join(here[:depth])]
+    order = [*listed(package), "__main__"]
+    return here[depth] in order and there[depth] in order and order.index(there[depth]) < order.index(here[depth])
 
 
 def test_imports_point_downwards() -> None:
-    assert violations(_modules()) == []
+    assert violations(PACKAGE) == []
 
 
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        ("axolotl_mote.routing", "from axolotl_mote.adapter import MoteModel", "which is above it"),
-        ("axolotl_mote.routing", "def f():\n    from axolotl_mote import plugin", "which is above it"),
-        ("axolotl_mote.routing", "from . import adapter", "which is above it"),
-        ("axolotl_mote.generation.api", "from ..plugin import MotePlugin", "which needs axolotl"),
-        ("axolotl_mote.generation.api", "from axolotl_mote import load_mote", "import the module that defines it"),
-        ("axolotl_mote.masks", "import axolotl.utils", "imports axolotl at the top"),
-        ("axolotl_mote.newcomer", "import os", "is in no layer"),
+        ("low.one", "from pack.high import api", "pack.high.api, which does not stand below it"),
+        ("low.one", "def f():\n    from pack import high", "pack.high, which does not stand below it"),
+        ("low.one", "from .two import x", "pack.low.two, which does not stand below it"),
+        ("low.two", "from . import one", None),
+        ("high.api", "from ..low.two import x", None),
+        ("high.api", "from pack import load", "pack, which does not stand below it"),
+        ("high.api", "import axolotl.utils", "imports axolotl.utils; only"),
+        ("low.three", "", "must list ['one', 'three', 'two'] in its docstring"),
     ],
 )
-def test_the_rule_can_fail(tmp_path: Path, module: str, source: str, message: str) -> None:
-    file = tmp_path / "module.py"
-    file.write_text(source)
-    found = violations([(module, file)])
-    assert len(found) == 1
-    assert message in found[0]
-
-
-def test_downward_imports_pass(tmp_path: Path) -> None:
-    file = tmp_path / "module.py"
-    file.write_text("import torch\nfrom axolotl_mote import steps\nfrom axolotl_mote.config import MoteConfig\n")
-    assert violations([("axolotl_mote.routing", file)]) == []
+def test_the_rule_can_fail(tmp_path: Path, module: str, source: str, message: str | None) -> None:
+    files = {
+        "__init__": '"""P.\n\n    low   x\n    high  x\n"""',
+        "low/__init__": '"""L.\n\n    one  x\n    two  x\n"""',
+        "low/one": "",
+        "low/two": "from pack.low import one",
+        "high/__init__": '"""H.\n\n    api  x\n"""',
+        "high/api": "from pack.low.one import x",
+    }
+    for name, text in {**files, module.replace(".", "/"): source}.items():
+        file = tmp_path / "pack" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    found = violations(tmp_path / "pack")
+    assert len(found) == (message is not None)
+    assert message is None or message in found[0]
 
 
 @pytest.mark.parametrize(
     "code",
     [
         "import axolotl_mote",
-        "from axolotl_mote.cli import main",
+        "import axolotl_mote.chain.codec, axolotl_mote.chain.rows, axolotl_mote.report",
         "from axolotl_mote.cli import main as m; [m.get_command(None, name) for name in m.list_commands(None)]",
-        "import axolotl_mote.quickstart",
+        "import axolotl_mote.cli.quickstart",
     ],
 )
 def test_imports_stay_light(code: str) -> None:
-    heavy = "{'torch', 'transformers', 'peft', 'axolotl', 'datasets'}"
-    probe = f"import sys; {code}; print(sorted({heavy} & set(sys.modules)))"
+    probe = f"import sys; {code}; print(sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

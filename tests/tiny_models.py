@@ -19,8 +19,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from axolotl_mote.adapter import MoteModel, add_mote_adapter, mote_model
-from axolotl_mote.config import MoteConfig
+from axolotl_mote.model.adapter import MoteModel, add_mote_adapter, mote_model
+from axolotl_mote.model.config import MoteConfig
 
 VOCABULARY = 96
 STEPS = ["analysis", "guidance", "response"]
@@ -68,7 +68,7 @@ def mote_config(**kwargs: object) -> MoteConfig:
     return MoteConfig(**{**values, **kwargs})
 
 
-def randomise(model: PeftModel, scale: float = 0.3) -> MoteModel:
+def randomize(model: PeftModel, scale: float = 0.3) -> MoteModel:
     """Give every expert and marker row its own random values, so that a wrong routing shows."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -81,9 +81,9 @@ def randomise(model: PeftModel, scale: float = 0.3) -> MoteModel:
 
 
 def mote(family: str = "llama", attention: str = "sdpa", **kwargs: object) -> PeftModel:
-    """A tiny model with a randomised MoTE adapter, in evaluation mode."""
+    """A tiny model with a randomized MoTE adapter, in evaluation mode."""
     model = add_mote_adapter(base_model(family, attention), mote_config(**kwargs))
-    randomise(model)
+    randomize(model)
     return model.eval()
 
 

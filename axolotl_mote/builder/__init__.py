@@ -1,23 +1,17 @@
 """Self-alignment data: the model writes its own reasoning chains.
 
-    questions -> loop (asks, checks, grows the chain) -> journal -> chains.jsonl, rejected.jsonl, manifest.json
+    questions -> loop (asks, checks, extends the chain) -> journal -> chains.jsonl, rejected.jsonl, manifest.json
 
-Every module here knows only the ones above it in this list::
+The modules and sub-packages, each importing only those before it:
 
-    settings     the YAML file, its schema and its hash
-    questions    JSONL, Parquet and Hugging Face data sets -> dialogues that end in a user turn
-    hygiene      defects of generated text, foreign control tokens, near-duplicates
-    prompts      Jinja2 templates -> chat messages
-    verdict      text of the judge -> safe, unsafe, unparsed
-    calls        what a client is asked and what it gives back
-    loop         the adaptive loop, one generator per question; knows no client
-    local        a transformers model in this process
-    server       any OpenAI-compatible server
-    journal      append-only record of every finished call
-    run          drives loops with clients and journal, writes the results
-    selfbleu, statistics, report   what the set looks like
+    settings  the build file: its schema and its hash
+    texts     questions, prompts, defects of generated text, verdicts
+    clients   what answers a call: a local model or a server
+    loop      the adaptive loop and its journal
+    output    data files, manifest, statistics
+    run       drives the loop with clients and journal, then writes the output
 
-It needs the extra ``build`` and imports neither torch nor transformers before a local model is used.
+It needs the extra ``build``. It imports neither torch nor transformers before a local model is used.
 """
 
 from __future__ import annotations

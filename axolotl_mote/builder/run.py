@@ -1,11 +1,11 @@
-"""Drives the loops with clients and journal, and writes the results.
+"""Drives the loop with clients and journal, then writes the output.
 
 With a local model, questions go in fixed groups and every wave of a group in fixed batches, so that a resumed run forms
-the very same batches; a batch of which any text is missing in the journal is generated again as a whole. With servers
+the very same batches. A batch of which any text is missing in the journal is generated again as a whole. With servers
 only, every question runs on its own, as fast as the servers answer.
 
-The journal is the only state. chains.jsonl, rejected.jsonl, manifest.json and statistics.html are written from it
-whenever a run ends, in the order of the questions, each in one rename.
+The journal is the only state. Whenever a run ends, chains.jsonl, rejected.jsonl, manifest.json and statistics.html are
+written from it, in the order of the questions, each in one rename.
 """
 
 from __future__ import annotations
@@ -13,46 +13,47 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from axolotl_mote.builder.calls import (
+from axolotl_mote.builder.clients.calls import (
     BudgetMeter,
     BudgetReached,
     Call,
-    CallPutOff,
+    CallPostponed,
     Completion,
     FatalCallError,
-    ServersSilent,
+    NoServerResponding,
 )
-from axolotl_mote.builder.journal import Journal
-from axolotl_mote.builder.loop import Growth, Outcome, grow_chain
-from axolotl_mote.builder.output import RunRecord, write_results
-from axolotl_mote.builder.prompts import Prompts
-from axolotl_mote.builder.questions import Question, load_questions
-from axolotl_mote.builder.settings import STAGES, LocalModel, ServerModel, Settings, Stage, identity
+from axolotl_mote.builder.loop.generator import ChainGenerator, Outcome, generate_chain_calls
+from axolotl_mote.builder.loop.journal import Journal
+from axolotl_mote.builder.output.results import RunRecord, write_results
+from axolotl_mote.builder.settings import STAGES, LocalModel, ServerModel, Settings, identity
+from axolotl_mote.builder.texts.prompts import Prompts
+from axolotl_mote.builder.texts.questions import load_questions
+from axolotl_mote.chain.questions import Question
 
 if TYPE_CHECKING:
-    from axolotl_mote.builder.local import LocalClient
-    from axolotl_mote.builder.server import ServerClient
+    from axolotl_mote.builder.clients.local import LocalClient
+    from axolotl_mote.builder.clients.server import ServerClient
 
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
 GROUP_BATCHES = 8
-"""Batches in a group of questions: large enough to fill the later, smaller waves, small enough to see chains finish."""
+"""Batches in a group of questions: enough to fill the later, smaller waves, and few enough that chains finish early."""
 
 
 @dataclass
 class Status:
-    """Where a run stands; handed to the progress callback."""
+    """Where a run stands; passed to the progress callback."""
 
     total: int
     kept: int = 0
     rejected: int = 0
-    put_off: int = 0
+    postponed: int = 0
     requests: int = 0
     tokens: int = 0
 
@@ -70,7 +71,7 @@ class BuildReport:
         counts: As in the manifest: questions, dropped, kept, rejected, pending, forms, reasons, verdicts, defects.
         stopped: Why the run ended early, or None.
         seconds, requests, tokens: Of this run.
-        set_aside: Where an older journal went with ``restart``.
+        set_aside: Where ``restart`` put an older journal, or None.
     """
 
     counts: dict[str, Any]
@@ -84,20 +85,21 @@ class BuildReport:
 def build(
     settings: Settings, *, restart: bool = False, on_progress: Callable[[Status], None] = lambda _: None
 ) -> BuildReport:
-    """Build a chain data set, or go on with one.
+    """Build a chain data set, or continue one.
 
     Args:
         settings: The build.
-        restart: Put an existing journal aside and begin anew.
+        restart: Put an existing journal aside and begin a new one.
         on_progress: Called after every question.
 
     Returns:
         Counts and costs. Ctrl-C, a used-up budget and servers that do not answer end a run early and cleanly;
-        ``stopped`` says so.
+        ``stopped`` holds the reason.
 
     Raises:
-        ValueError: If questions, templates or models cannot be used, or the journal belongs to another configuration.
-        FatalCallError: If a server turns every request down; what was done before is written.
+        ValueError: If questions, templates or models cannot be used, or the journal belongs to another configuration or
+            is in use.
+        FatalCallError: If a server rejects every request; earlier work is written.
     """
     started = time.time()
     prompts = Prompts(settings.active_specs(), settings.prompts)
@@ -137,120 +139,121 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.budget = BudgetMeter(self.settings.budget.requests, self.settings.budget.tokens)
-        self._clients: dict[str, LocalClient | ServerClient] = {}
+        self._local: dict[str, LocalClient] = {}
+        self._servers: dict[str, ServerClient] = {}
         self._status = Status(len(self.questions))
 
     async def go(self) -> None:
-        """Grow every chain whose outcome the journal and the clients can give."""
+        """Build every chain whose outcome the journal and the clients can give."""
         specs = self.settings.active_models().values()
-        local = [spec for spec in specs if isinstance(spec, LocalModel)]
+        batch_sizes = [spec.batch_size for spec in specs if isinstance(spec, LocalModel)]
         self.on_progress(self._status)
         try:
-            if local:
-                size = GROUP_BATCHES * max(spec.batch_size for spec in local)
-                for group in _chunks(self.questions, size):
+            if batch_sizes:
+                for group in _chunks(self.questions, GROUP_BATCHES * max(batch_sizes)):
                     if self.stopped is None:
-                        await self._grow_in_waves(group)
+                        await self._build_in_waves(group)
             else:
-                await self._grow_freely(
-                    sum(s.concurrency * len(s.base_urls) for s in specs if isinstance(s, ServerModel))
+                await self._build_one_by_one(
+                    sum(spec.concurrency * len(spec.base_urls) for spec in specs if isinstance(spec, ServerModel))
                 )
         finally:
-            for client in self._clients.values():
-                if hasattr(client, "aclose"):
-                    await client.aclose()
+            for server in self._servers.values():
+                await server.aclose()
 
-    async def _grow_in_waves(self, group: Sequence[Question]) -> None:
-        growths = {q.id: grow_chain(q, self.settings, self.prompts) for q in group}
-        pending = {name: next(growth) for name, growth in growths.items()}
+    # --- with a local model: waves of batches -----------------------------------------------------------------------
+
+    async def _build_in_waves(self, group: Sequence[Question]) -> None:
+        chains = {q.id: generate_chain_calls(q, self.settings, self.prompts) for q in group}
+        pending = {name: next(chain) for name, chain in chains.items()}
         while pending and self.stopped is None:
             results: dict[str, Completion] = {}
             for stage in STAGES:
                 calls = [call for call in pending.values() if call.stage == stage]
                 if calls:
                     results.update(await self._answer_wave(calls, stage))
-            calls_of_next_wave = {}
-            for name, completion in results.items():
-                call = self._advance(growths[name], completion)
-                if call is not None:
-                    calls_of_next_wave[name] = call
-            # Order decides the batches: keep that of the questions, whatever order the stages were answered in.
-            pending = {q.id: calls_of_next_wave[q.id] for q in group if q.id in calls_of_next_wave}
+            following = {name: self._advance(chains[name], completion) for name, completion in results.items()}
+            # The order decides the batches: keep that of the questions, whatever order the stages were answered in.
+            pending = {q.id: call for q in group if (call := following.get(q.id)) is not None}
 
     async def _answer_wave(self, calls: list[Call], stage: str) -> dict[str, Completion]:
-        """Completions by question id; questions that were put off or stopped are missing."""
-        spec = self.settings.models[self._stage(stage).model]
+        """Completions by question id; calls that were postponed or stopped are missing."""
+        spec = self.settings.models[self.settings.stage(stage).model]
         results: dict[str, Completion] = {}
         if isinstance(spec, LocalModel):
             for batch in _chunks(calls, spec.batch_size):
                 if self.stopped is None:
-                    results.update(await self._answer_batch(batch, stage))
+                    results.update(await self._answer_batch(batch, stage, spec))
             return results
 
-        async def one(call: Call) -> None:
+        async def answer(call: Call) -> None:
             completion = await self._answer(call)
             if completion is not None:
                 results[call.question_id] = completion
 
-        await _all(one(call) for call in calls)
+        await _run_all(answer(call) for call in calls)
         return results
 
-    async def _answer_batch(self, batch: Sequence[Call], stage: str) -> dict[str, Completion]:
+    async def _answer_batch(self, batch: Sequence[Call], stage: str, spec: LocalModel) -> dict[str, Completion]:
+        """From the journal if it holds the whole batch, else from the model; empty if the run stops."""
         if any(self.journal.get(call) is None for call in batch):
-            await asyncio.sleep(0)  # lets Ctrl-C in between two batches
-            client: Any = self._client(self._stage(stage).model)
+            await asyncio.sleep(0)  # Ctrl-C can interrupt between two batches
+            settings = self.settings.stage(stage)
             try:
-                done = client.complete_batch(batch, self._stage(stage))
+                done = self._local_client(settings.model, spec).complete_batch(batch, settings)
             except BudgetReached as error:
                 self.stopped = str(error)
                 return {}
             self.journal.add(zip(batch, done, strict=True))
         return {call.question_id: completion for call in batch if (completion := self.journal.get(call)) is not None}
 
-    async def _grow_freely(self, workers: int) -> None:
+    # --- with servers: every question on its own --------------------------------------------------------------------
+
+    async def _build_one_by_one(self, workers: int) -> None:
         waiting = iter(self.questions)
 
         async def work() -> None:
             for question in waiting:
                 if self.stopped is None:
-                    await self._grow(grow_chain(question, self.settings, self.prompts))
+                    await self._build_one(generate_chain_calls(question, self.settings, self.prompts))
 
-        await _all(work() for _ in range(min(workers, len(self.questions))))
+        await _run_all(work() for _ in range(min(workers, len(self.questions))))
 
-    async def _grow(self, growth: Growth) -> None:
-        call: Call | None = next(growth)
+    async def _build_one(self, chain: ChainGenerator) -> None:
+        call: Call | None = next(chain)
         while call is not None:
             completion = await self._answer(call)
             if completion is None:
                 return
-            call = self._advance(growth, completion)
+            call = self._advance(chain, completion)
 
     async def _answer(self, call: Call) -> Completion | None:
-        """From the journal or a server; None if the call was put off or the run stops."""
+        """From the journal or a server; None if the call was postponed or the run stops."""
         recorded = self.journal.get(call)
         if recorded is not None:
             return recorded
         if self.stopped is not None:
             return None
-        stage = self._stage(call.stage)
-        client: Any = self._client(stage.model)
+        stage = self.settings.stage(call.stage)
         try:
-            completion: Completion = await client.complete(call, stage)
-        except (BudgetReached, ServersSilent) as error:
+            completion = await self._server_client(stage.model).complete(call, stage)
+        except (BudgetReached, NoServerResponding) as error:
             self.stopped = self.stopped or str(error)
             return None
-        except CallPutOff as error:
-            log.warning("put off to the next run: %s", error)
-            self._status.put_off += 1
+        except CallPostponed as error:
+            log.warning("postponed to the next run: %s", error)
+            self._status.postponed += 1
             self.on_progress(self._status)
             return None
         self.journal.add([(call, completion)])
         return completion
 
-    def _advance(self, growth: Growth, completion: Completion) -> Call | None:
-        """The next call of a growth; None once it is finished, whose outcome is then stored."""
+    # --- both -------------------------------------------------------------------------------------------------------
+
+    def _advance(self, chain: ChainGenerator, completion: Completion) -> Call | None:
+        """The next call of a chain, or None once it is finished; its outcome is then stored."""
         try:
-            return growth.send(completion)
+            return chain.send(completion)
         except StopIteration as end:
             outcome: Outcome = end.value
         self.outcomes[outcome.question.id] = outcome
@@ -260,25 +263,24 @@ class _Run:
         self.on_progress(self._status)
         return None
 
-    def _stage(self, name: str) -> Stage:
-        stage: Stage = getattr(self.settings.stages, name)
-        return stage
+    def _local_client(self, name: str, spec: LocalModel) -> LocalClient:
+        """The client of a model, made when first needed: a finished build loads no model."""
+        from axolotl_mote.builder.clients.local import LocalClient
 
-    def _client(self, name: str) -> LocalClient | ServerClient:
-        """Clients are made when first needed: a finished build loads no model."""
-        if name not in self._clients:
-            spec = self.settings.models[name]
-            if isinstance(spec, LocalModel):
-                from axolotl_mote.builder.local import LocalClient
+        if name not in self._local:
+            self._local[name] = LocalClient(spec, self.budget)
+        return self._local[name]
 
-                self._clients[name] = LocalClient(spec, self.budget)
-            else:
-                from axolotl_mote.builder.server import ServerClient
+    def _server_client(self, name: str) -> ServerClient:
+        """The client of a model, made when first needed: a finished build needs no API key."""
+        from axolotl_mote.builder.clients.server import ServerClient
 
-                stages = {stage for stage in STAGES if self._stage(stage).model == name}
-                answered = any(key.rpartition("/")[2].split(".")[0] in stages for key, _ in self.journal.completions())
-                self._clients[name] = ServerClient(spec, self.budget, answered)
-        return self._clients[name]
+        spec = self.settings.models[name]
+        if name not in self._servers and isinstance(spec, ServerModel):
+            stages = {stage for stage in STAGES if self.settings.stage(stage).model == name}
+            answered = any(key.rpartition("/")[2].split(".")[0] in stages for key, _ in self.journal.completions())
+            self._servers[name] = ServerClient(spec, self.budget, answered)
+        return self._servers[name]
 
 
 def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
@@ -286,7 +288,7 @@ def _chunks(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
         yield items[start : start + size]
 
 
-async def _all(coroutines: Iterator[Any]) -> None:
+async def _run_all(coroutines: Iterable[Coroutine[Any, Any, None]]) -> None:
     """Run all; the first failure cancels the others and is raised itself, not as a group."""
     try:
         async with asyncio.TaskGroup() as group:

@@ -1,8 +1,8 @@
 """The build file: its schema, how it is read, and the hash that tells two builds apart.
 
-Keys that change what a model is asked or how it answers are part of the hash; keys that only say how fast, how long
-or from where (servers' addresses, concurrency, time-outs, budget, the list of questions) are not, so those may change
-between two runs of one build. It knows nothing about models or clients.
+Keys that change what a model is asked or how it answers are part of the hash. Keys that only say how fast, how long or
+from where (server addresses, concurrency, timeouts, budget, the list of questions) are not, so they may change between
+two runs of one build. No model or client is imported here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from axolotl_mote.digest import folder_digest
+from axolotl_mote.files import folder_digest
 
 ChainForm = Literal["adaptive", "full", "analysis", "guidance", "response"]
 STAGES = ("response", "check", "analysis", "guidance")
@@ -26,14 +26,14 @@ class _Schema(BaseModel):
 
 
 class QuestionSource(_Schema):
-    """Where questions come from: a JSONL, JSON, CSV or Parquet file, or the name of a Hugging Face data set."""
+    """A source of questions: a JSONL, JSON, CSV or Parquet file, or a Hugging Face data set."""
 
     path: str = Field(
         description="File ending in .jsonl, .json, .csv (.gz may follow) or .parquet, or a Hugging Face data set name."
     )
     column: str | None = Field(
         None,
-        description="Column with the question; found by its name (messages, chosen, prompt, ...) when left out.",
+        description="Column with the question; if left out, it is found by its name (messages, chosen, prompt, ...).",
     )
     name: str | None = Field(None, description="Configuration of a Hugging Face data set.")
     data_dir: str | None = Field(None, description="Folder inside a Hugging Face data set.")
@@ -43,12 +43,12 @@ class QuestionSource(_Schema):
     sample: int | None = Field(
         None,
         ge=1,
-        description="Use this many of those rows, drawn with the build's seed; a larger draw holds a smaller.",
+        description="Use this many of those rows, drawn with the build's seed; a larger draw contains a smaller one.",
     )
 
     @property
     def label(self) -> str:
-        """How files and messages name it."""
+        """Its name in files and messages."""
         return "/".join(part for part in (self.path, self.name, self.data_dir) if part)
 
 
@@ -57,29 +57,33 @@ class LocalModel(_Schema):
 
     type: Literal["local"]
     path: str = Field(description="Model folder or hub name.")
-    revision: str | None = None
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...; auto takes a GPU when there is one.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    batch_size: int = Field(8, ge=1, description="Rows generated together.")
-    trust_remote_code: bool = False
+    revision: str | None = Field(None, description="Revision on the hub.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...; auto uses a GPU if there is one.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Number format of the weights; auto uses that of the checkpoint."
+    )
+    batch_size: int = Field(8, ge=1, description="Texts generated together; another size is another build.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
 
 
 class ServerModel(_Schema):
     """A model behind one or more OpenAI-compatible servers."""
 
     type: Literal["server"]
-    model: str = Field(description="Model name as the server knows it.")
+    model: str = Field(description="Name of the model on the server.")
     base_urls: list[str] = Field(min_length=1, description="One address per replica, such as http://localhost:8000/v1.")
     api_key_env: str | None = Field(None, description="Environment variable that holds the API key.")
     concurrency: int = Field(16, ge=1, description="Requests in flight per replica.")
-    timeout: float = Field(120.0, gt=0, description="Seconds until a request counts as lost.")
+    timeout: float = Field(120.0, gt=0, description="Seconds after which a request is given up and retried.")
     retry_for: float = Field(
-        600.0, ge=0, description="Seconds a request is tried again before its question is put off."
+        600.0, ge=0, description="Seconds for which a request is retried before its question is postponed."
     )
-    backoff: float = Field(0.5, gt=0, description="Seconds: scale of the exponential back-off with full jitter.")
-    backoff_max: float = Field(30.0, gt=0, description="Seconds: the longest back-off.")
-    token_limit_key: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    extra_body: dict[str, Any] = Field(default_factory=dict, description="Further fields of the request's body.")
+    backoff: float = Field(0.5, gt=0, description="Scale of the exponential back-off with full jitter, in seconds.")
+    backoff_max: float = Field(30.0, gt=0, description="Longest back-off, in seconds.")
+    token_limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="Name of the token limit in the request body."
+    )
+    extra_body: dict[str, Any] = Field(default_factory=dict, description="Further fields of the request body.")
 
 
 ModelSpec = Annotated[LocalModel | ServerModel, Field(discriminator="type")]
@@ -89,30 +93,34 @@ class Stage(_Schema):
     """Which model writes a stage, and how it samples."""
 
     model: str = Field("default", description="A name under models.")
-    max_new_tokens: int = Field(512, ge=1)
+    max_new_tokens: int = Field(512, ge=1, description="Token limit of a text.")
     temperature: float = Field(0.7, ge=0, description="0 is greedy.")
-    top_p: float = Field(0.95, gt=0, le=1)
-    attempts: int = Field(2, ge=1, description="Tries, each with its own seed, before a defect counts. Greedy: one.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole distribution.")
+    attempts: int = Field(
+        2, ge=1, description="Attempts, each with its own seed, before a defect counts; a greedy stage has one."
+    )
 
 
 class CheckStage(Stage):
     """The stage that judges an answer."""
 
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.0, ge=0)
+    max_new_tokens: int = Field(256, ge=1, description="Token limit of a judgment.")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     style: Literal["verdict", "guard"] = Field(
         "verdict",
-        description="verdict: our template asks for a last line 'VERDICT: SAFE'. guard: a guard model such as Llama "
-        "Guard gets the dialogue itself and says 'safe' or 'unsafe' on a line of its own.",
+        description="verdict: the check template asks for a last line 'VERDICT: SAFE' or 'VERDICT: UNSAFE'. guard: a "
+        "guard model such as Llama Guard gets the dialogue itself and writes a line 'safe' or 'unsafe'.",
     )
     constrained: bool = Field(
         False,
-        description="Local models: let nothing but a verdict line be generated. For judges too small to keep a format; "
-        "servers have their own key for this under extra_body.",
+        description="Local models: only a verdict line can be generated. For judges too small to keep a format; for "
+        "servers use extra_body.",
     )
 
 
 class Stages(_Schema):
+    """The stages of a chain."""
+
     response: Stage = Stage()
     analysis: Stage = Stage(max_new_tokens=256)
     guidance: Stage = Stage(max_new_tokens=256)
@@ -122,13 +130,15 @@ class Stages(_Schema):
 class Hygiene(_Schema):
     """What makes a generated text unusable."""
 
-    min_words: int = Field(1, ge=1, description="Fewer words than this is 'empty'.")
-    max_line_repeats: int = Field(2, ge=1, description="A line that occurs more often than this is 'repeated'.")
+    min_words: int = Field(1, ge=1, description="A text with fewer words than this is 'empty'.")
+    max_line_repeats: int = Field(
+        2, ge=1, description="A text in which a line occurs more often than this is 'repeated'."
+    )
     min_distinct_ngrams: float = Field(
-        0.5, ge=0, le=1, description="A text whose share of distinct word 4-grams is lower is 'repeated'."
+        0.5, ge=0, le=1, description="A text with a lower share of distinct word 4-grams is 'repeated'."
     )
     refusal_max_words: int = Field(
-        30, ge=0, description="A stock refusal up to this long is 'refusal'; 0 keeps them all."
+        30, ge=0, description="A stock refusal of at most this many words is a 'refusal'; 0 keeps them all."
     )
     refusal_patterns: list[str] = Field(
         default_factory=list, description="Further regular expressions of stock refusals."
@@ -136,24 +146,28 @@ class Hygiene(_Schema):
 
 
 class Budget(_Schema):
-    """Limits of one run; reaching one stops cleanly, the next run goes on."""
+    """Limits of one run. A run that reaches one stops cleanly; the next run continues."""
 
-    requests: int | None = Field(None, ge=1, description="Requests sent, retries included; local: texts generated.")
-    tokens: int | None = Field(None, ge=1, description="Prompt and generated tokens; requests in flight are finished.")
+    requests: int | None = Field(
+        None, ge=1, description="Requests sent, including retries; for local models texts generated."
+    )
+    tokens: int | None = Field(
+        None, ge=1, description="Prompt tokens and generated tokens; requests in flight are completed."
+    )
 
 
 class Settings(_Schema):
     """A build file."""
 
-    output: Path = Field(description="Folder for journal, chains, rejected chains, manifest and statistics.")
+    output: Path = Field(description="Folder for the journal, chains, rejected chains, manifest and statistics.")
     questions: list[QuestionSource] = Field(min_length=1)
     exclude: list[QuestionSource] = Field(
-        default_factory=list, description="Evaluation prompts; questions that hold one are dropped."
+        default_factory=list, description="Evaluation prompts; questions that match or contain one are dropped."
     )
     models: dict[str, ModelSpec] = Field(description="Models by name; 'default' must be one of them.")
     stages: Stages = Stages()
-    chain: ChainForm = Field("adaptive", description="adaptive, or the fixed form of every chain.")
-    check: bool = Field(True, description="Judge answers; only fixed forms can do without.")
+    chain: ChainForm = Field("adaptive", description="adaptive, or a fixed form for every chain.")
+    check: bool = Field(True, description="Judge the answers; may be false only with a fixed form.")
     prompts: Path | None = Field(
         None, description="Folder with templates that replace the built-in ones of the same name."
     )
@@ -162,20 +176,20 @@ class Settings(_Schema):
         0.8,
         gt=0,
         le=1,
-        description="Similarity from which questions, or answers, count as near-duplicates; null keeps all.",
+        description="Similarity from which two questions, or two answers, count as near-duplicates; null keeps all.",
     )
     budget: Budget = Budget()
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, description="Seed of the build; every call derives its own.")
 
     @model_validator(mode="after")
     def _check_names(self) -> Settings:
         if self.chain == "adaptive" and not self.check:
             raise ValueError(
-                "check must be true when chain is adaptive; got false. Without a check nothing tells when to stop: "
-                "choose chain: full, analysis, guidance or response."
+                "check must be true when chain is adaptive; got false. Set it to true, or choose another chain: full, "
+                "analysis, guidance or response."
             )
         for stage in self.active_stages():
-            name = getattr(self.stages, stage).model
+            name = self.stage(stage).model
             if name not in self.models:
                 raise ValueError(
                     f"stages.{stage}.model must be a name under models ({', '.join(sorted(self.models))}); "
@@ -185,16 +199,22 @@ class Settings(_Schema):
             size, most = getattr(spec, "batch_size", 0), self.budget.requests
             if most is not None and most < size:  # smaller batches would give other texts than an uninterrupted build
                 raise ValueError(
-                    f"budget.requests must be at least models.{name}.batch_size ({size}); got {most}. No batch could "
-                    "be generated: raise the budget or lower the batch size."
+                    f"budget.requests must be at least models.{name}.batch_size ({size}); got {most}. Raise the budget "
+                    "or lower the batch size."
                 )
         check = self.stages.check
         if self.check and check.constrained and (check.style == "guard" or self.models[check.model].type != "local"):
             raise ValueError(
-                "stages.check.constrained must go with a local model and style: verdict; got another. Set it to false; "
-                "for vLLM: extra_body: {structured_outputs: {choice: ['VERDICT: SAFE', 'VERDICT: UNSAFE']}}."
+                f"stages.check.constrained must go with a local model and style: verdict; got a "
+                f"{self.models[check.model].type} model and style: {check.style}. Set it to false; for vLLM use "
+                "extra_body: {structured_outputs: {choice: ['VERDICT: SAFE', 'VERDICT: UNSAFE']}}."
             )
         return self
+
+    def stage(self, name: str) -> Stage:
+        """The settings of a stage."""
+        spec: Stage = getattr(self.stages, name)
+        return spec
 
     def active_stages(self) -> tuple[str, ...]:
         """The stages this build can reach."""
@@ -204,7 +224,7 @@ class Settings(_Schema):
 
     def active_specs(self) -> dict[str, Stage]:
         """The settings of those stages, by name."""
-        return {stage: getattr(self.stages, stage) for stage in self.active_stages()}
+        return {stage: self.stage(stage) for stage in self.active_stages()}
 
     def active_models(self) -> dict[str, LocalModel | ServerModel]:
         """The models that the active stages use, by name."""
@@ -213,10 +233,10 @@ class Settings(_Schema):
 
 
 def load_settings(path: str | Path) -> Settings:
-    """Read a build file. Relative paths in it are relative to the working directory, as in axolotl.
+    """Read a build file. Relative paths in it refer to the working directory, as in axolotl.
 
     Raises:
-        ValueError: If the file is missing, is no YAML mapping or breaks the schema; all faults at once.
+        ValueError: If the file is missing, holds no YAML mapping or breaks the schema; all faults at once.
     """
     path = Path(path)
     try:
@@ -240,11 +260,11 @@ def identity(settings: Settings, prompt_hashes: dict[str, str]) -> dict[str, Any
         prompt_hashes: Hash of each template in use, by stage.
 
     Returns:
-        Stages with their models and templates, chain form, hygiene and seed; no addresses, limits or time-outs.
+        Stages with their models and templates, chain form, hygiene and seed; no addresses, limits or timeouts.
     """
     stages = {}
     for stage in settings.active_stages():
-        spec = getattr(settings.stages, stage)
+        spec = settings.stage(stage)
         stages[stage] = {
             **spec.model_dump(mode="json", exclude={"model"}),
             "model": _model_identity(settings.models[spec.model]),
@@ -265,7 +285,7 @@ def config_hash(identity: dict[str, Any]) -> str:
 
 
 def changes(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two identities, one line a key: ``stages.check.temperature: 0.0 -> 0.5``."""
+    """The differences between two identities, one line per key: ``stages.check.temperature: 0.0 -> 0.5``."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in changes(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]

@@ -1,7 +1,19 @@
-"""``axolotl mote ...``: one module per command, imported only when that command runs.
+"""``axolotl mote ...`` and ``axolotl-mote ...``: one module per command, imported only when that command runs.
 
-Each module holds one ``click.Command`` named ``command``. Nothing here or at the top of those modules imports torch,
-so that ``axolotl mote --help`` stays quick.
+The modules, each importing only those before it:
+
+    quiet_imports      silence what libraries print while they are imported
+    _options           options and errors that several commands share
+    build              axolotl mote build
+    stats              axolotl mote stats
+    generate           axolotl mote generate
+    chat               axolotl mote chat
+    export             axolotl mote export
+    quickstart_report  what the quick start ends with
+    quickstart         what `make quickstart` runs around `axolotl train`
+
+Each command module holds one ``click.Command`` named ``command``. Nothing here or at the top of those modules imports
+torch, so ``--help`` stays quick.
 """
 
 from __future__ import annotations
@@ -10,7 +22,7 @@ from importlib import import_module
 
 import click
 
-from axolotl_mote.noise import silence_imports
+from axolotl_mote.cli.quiet_imports import silence_imports
 
 _COMMANDS = {
     "build": "Write a chain data set: the model aligns itself on your questions.",
@@ -22,7 +34,7 @@ _COMMANDS = {
 
 
 class _LazyGroup(click.Group):
-    """A group that knows its commands' one-line helps without importing them."""
+    """A group that lists its commands and their one-line help without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)

@@ -1,4 +1,4 @@
-"""``python -m axolotl_mote.cli``: the same commands where axolotl is not installed, and without its banner."""
+"""``python -m axolotl_mote.cli``: the same commands as ``axolotl-mote``."""
 
 from axolotl_mote.cli import main
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,36 +28,64 @@ def model_options(function: F) -> F:
             "--adapter",
             required=True,
             type=click.Path(exists=True, file_okay=False, path_type=Path),
-            help="Output of training.",
+            help="Output folder of training.",
         ),
         click.option("--base-model", help="Base model folder or name; default: the one in adapter_config.json."),
         click.option(
-            "--dtype", default="auto", show_default=True, type=click.Choice(["auto", "float32", "bfloat16", "float16"])
+            "--dtype",
+            default="auto",
+            show_default=True,
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            help="Type of the base model's weights; auto keeps that of the checkpoint.",
         ),
         click.option("--device", help="Such as cpu or cuda:0; default: the first GPU, else the CPU."),
     )(function)
 
 
 def decoding_options(function: F) -> F:
-    """--check, --max-new-tokens, --step-limit, --sample and what belongs to it."""
+    """--check, --max-new-tokens, --step-limit, --sample and its options."""
     return _all(
         click.option("--check", is_flag=True, help="Let the trained check step judge the answer."),
         click.option(
-            "--max-new-tokens", default=512, show_default=True, type=click.IntRange(1), help="Tokens of one chain."
+            "--max-new-tokens",
+            default=512,
+            show_default=True,
+            type=click.IntRange(1),
+            help="Tokens of one chain, markers included.",
         ),
         click.option(
-            "--step-limit", multiple=True, metavar="N | STEP=N", help="Most text tokens of a step; may be repeated."
+            "--step-limit",
+            multiple=True,
+            metavar="N | STEP=N",
+            help="Maximum text tokens of every step, or of one step; STEP=N may be repeated.",
         ),
         click.option("--sample", is_flag=True, help="Sample instead of taking the likeliest token."),
-        click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, min_open=True)),
-        click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
+        click.option(
+            "--temperature",
+            default=1.0,
+            show_default=True,
+            type=click.FloatRange(0, min_open=True),
+            help="With --sample.",
+        ),
+        click.option(
+            "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True), help="With --sample."
+        ),
         click.option("--seed", default=0, show_default=True, help="Seed of sampling."),
     )(function)
 
 
-def missing_extra(error: ModuleNotFoundError) -> click.ClickException:
-    """What to say when a package of the extra `build` is not there."""
-    return click.ClickException(f"{error}. Install the extra, in a clone of the project: pip install '.[build]'")
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Turn errors of values and files into one line on stderr instead of a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def missing_extra(error: ModuleNotFoundError, extra: str = "build") -> click.ClickException:
+    """The error for a missing package of an extra."""
+    return click.ClickException(f"{error}. Install the extra, in a clone of the project: pip install '.[{extra}]'")
 
 
 def parse_limits(values: Sequence[str]) -> int | dict[str, int] | None:
@@ -83,7 +112,8 @@ def sampling_arguments(sample: bool, temperature: float, top_p: float, **_: Any)
     if not sample:
         if temperature != 1.0 or top_p != 1.0:
             raise ValueError(
-                "--temperature and --top-p must come with --sample; greedy decoding ignores them. Add --sample."
+                f"--temperature and --top-p must come with --sample; got {temperature} and {top_p} without it. "
+                "Add --sample."
             )
         return {}
     return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import click
 
 from axolotl_mote.cli._options import missing_extra
 
+if TYPE_CHECKING:
+    from axolotl_mote.builder.run import BuildReport, Status
+
 
 @click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--output", type=click.Path(file_okay=False, path_type=Path), help="Output folder, instead of the file's."
+    "--output", type=click.Path(file_okay=False, path_type=Path), help="Output folder; overrides the build file."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use at most this many rows of each question source.")
 @click.option(
-    "--exclude", multiple=True, metavar="FILE", help="Evaluation prompts that must not be trained on; may be repeated."
+    "--exclude",
+    multiple=True,
+    metavar="FILE",
+    help="File of evaluation prompts; questions that match or contain one are dropped. May be repeated.",
 )
-@click.option("--restart", is_flag=True, help="Put an existing journal aside and begin anew.")
+@click.option("--restart", is_flag=True, help="Put an existing journal aside and begin a new one.")
 def command(config: Path, output: Path | None, limit: int | None, exclude: tuple[str, ...], restart: bool) -> None:
     """Write a chain data set: the model aligns itself on your questions.
 
-    CONFIG is a build file; example_configs/build_local.yml explains every key. Stop it at any time and run the same
-    command again: nothing is lost and nothing is done twice.
+    CONFIG is a build file; example_configs/build_local.yml explains every key. You can stop the command at any time and
+    run it again: no work is lost and none is done twice.
 
     \b
     Example:
       axolotl mote build example_configs/build_local.yml --exclude xstest.jsonl
 
     \b
-    Exit status: 0 finished, 1 error, 3 stopped by the budget, by servers that do not answer, or with questions
-    put off (run it again), 130 interrupted by Ctrl-C (run it again).
+    Exit status:
+      0    finished
+      1    error
+      3    stopped by the budget or because no server responds, or questions were postponed: run it again
+      130  interrupted by Ctrl-C: run it again
     """
     try:
-        from axolotl_mote.builder.calls import FatalCallError
+        from axolotl_mote.builder.clients.calls import FatalCallError
         from axolotl_mote.builder.run import build
         from axolotl_mote.builder.settings import QuestionSource, load_settings
     except ModuleNotFoundError as error:
@@ -52,7 +63,7 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
         settings = settings.model_copy(update=changed)
         with _Progress() as progress:
             report = build(settings, restart=restart, on_progress=progress.show)
-    except ModuleNotFoundError as error:  # openai and others are imported where they are first needed
+    except ModuleNotFoundError as error:  # openai and others are imported when they are first needed
         raise missing_extra(error) from error
     except (ValueError, OSError, FatalCallError) as error:
         raise click.ClickException(str(error)) from error
@@ -64,7 +75,7 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
 
 
 class _Progress:
-    """A progress bar on stderr; on something that is no terminal, a line at every tenth."""
+    """A progress bar on stderr; a line at every tenth if stderr is no terminal."""
 
     def __enter__(self) -> _Progress:
         from rich.console import Console
@@ -93,13 +104,16 @@ class _Progress:
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
-    def show(self, status) -> None:  # type: ignore[no-untyped-def]
+    def show(self, status: Status) -> None:
+        """Update the bar."""
         note = f"{status.kept} kept, {status.rejected} rejected"
-        if status.put_off:
-            note += f", {status.put_off} put off"
+        if status.postponed:
+            note += f", {status.postponed} postponed"
         if status.tokens:
             note += f", {status.tokens:,} tokens"
         self._bar.update(self._task, total=status.total, completed=status.done, note=note)
@@ -109,11 +123,11 @@ class _Progress:
             self._console.print(f"{status.done}/{status.total} questions: {note}")
 
 
-def _print_report(report, output: Path) -> None:  # type: ignore[no-untyped-def]
+def _print_report(report: BuildReport, output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    # No markup: paths and reasons may hold square brackets.
+    # No markup: paths and reasons may contain square brackets.
     console, counts = Console(markup=False), report.counts
     table = Table("outcome", "number")
     table.add_row("questions", str(counts["questions"]))
@@ -137,5 +151,5 @@ def _print_report(report, output: Path) -> None:  # type: ignore[no-untyped-def]
     if report.stopped or counts["pending"]:
         why = f"Stopped: {report.stopped}. " if report.stopped else ""
         console.print(
-            f"{why}Run the same command again to go on; {counts['pending']} questions are left.", soft_wrap=True
+            f"{why}Run the same command again to continue; {counts['pending']} questions are left.", soft_wrap=True
         )

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments
+from axolotl_mote.chain.steps import parse_form
+from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments, usage_errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from axolotl_mote.chain.result import Chain
 
 _HELP = """\
-/steps adaptive | verify | analysis,response   choose the chain
+/steps adaptive | verify | analysis+response   choose the chain
 /reasoning                                     show or hide the reasoning
 /reset                                         forget the dialogue
 /exit                                          leave (Ctrl-D works too)"""
 
-# What a terminal would obey instead of show: C0 and C1 controls but newline and tab, and text direction overrides.
+# Characters that a terminal would obey: C0 and C1 controls except newline and tab, and text direction overrides.
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
 del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
 
@@ -25,7 +33,7 @@ del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
 @click.command()
 @model_options
 @click.option(
-    "--steps", default="adaptive", show_default=True, help="adaptive, verify, or a list such as analysis,response."
+    "--steps", default="adaptive", show_default=True, help="adaptive, verify, or a form such as analysis+response."
 )
 @decoding_options
 @click.option("--system", help="System message.")
@@ -45,14 +53,14 @@ def command(
     """Talk to a trained adapter; reasoning dimmed, answer plain.
 
     Earlier answers enter the dialogue without their reasoning, as in training. One line is one message; /help lists the
-    commands. Reads from a pipe too.
+    commands. Input may come from a pipe.
 
     \b
     Examples:
       axolotl mote chat --adapter outputs/mote
       echo "How do I kill a Python process?" | axolotl mote chat --adapter outputs/mote --json
     """
-    try:
+    with usage_errors():
         settings = sampling_arguments(**decoding) | {"step_limits": parse_limits(decoding["step_limit"])}
         settings |= {"max_new_tokens": decoding["max_new_tokens"], "check": decoding["check"]}
         settings["seed"] = decoding["seed"] if decoding["sample"] else None
@@ -62,15 +70,11 @@ def command(
         session = ChatSession(
             model, tokenizer, steps, settings, system, show_reasoning=not hide_reasoning, as_json=as_json
         )
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     session.run(_lines(quiet=as_json))
 
 
 def _lines(quiet: bool) -> Iterator[str]:
-    """Lines of standard input; with a prompt when a person is typing."""
-    import sys
-
+    """Lines of standard input, with a prompt on a terminal."""
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
@@ -82,7 +86,7 @@ def _lines(quiet: bool) -> Iterator[str]:
 
 
 class ChatSession:
-    """The dialogue so far and how to show its next answer.
+    """A dialogue, and how its answers are shown.
 
     Args:
         model: From ``load_mote``.
@@ -91,27 +95,28 @@ class ChatSession:
         settings: Arguments for ``generate_chain``.
         system: System message, or None.
         show_reasoning: Whether steps before the answer are shown.
-        as_json: One JSON object per answer on standard output instead of the display.
+        as_json: Print one JSON object per answer on standard output instead of the display.
+        console: Where to show the dialogue; default: standard output.
     """
 
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         steps: str,
         settings: dict[str, Any],
         system: str | None = None,
         *,
         show_reasoning: bool = True,
         as_json: bool = False,
-        console: Any = None,
+        console: Console | None = None,
     ) -> None:
         from rich.console import Console
 
-        from axolotl_mote.generation.vocabulary import step_vocabulary
+        from axolotl_mote.generation.loading import codec_for
 
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.vocabulary = step_vocabulary(model, tokenizer)
+        self.codec = codec_for(model, tokenizer)
         self.show_reasoning, self.as_json = show_reasoning, as_json
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.start = [{"role": "system", "content": system}] if system else []
@@ -123,7 +128,7 @@ class ChatSession:
     def run(self, lines: Iterator[str]) -> None:
         """Answer line after line until the input ends or /exit."""
         if not self.as_json:
-            self.console.print(f"Steps: {', '.join(self.vocabulary.steps)}. /help lists the commands.", style="dim")
+            self.console.print(f"Steps: {', '.join(self.codec.steps)}. /help lists the commands.", style="dim")
         for line in lines:
             text = line.strip()
             if text == "/exit":
@@ -143,18 +148,18 @@ class ChatSession:
 
         chosen: str | list[str] = steps
         if steps != "verify":
-            chosen = steps if steps == "adaptive" else [name.strip() for name in steps.split(",")]
-            make_plan(chosen, self.vocabulary, self.settings["check"])
+            chosen = steps if steps == "adaptive" else parse_form(steps)
+            make_plan(chosen, self.codec.vocabulary, self.settings["check"])
         self.steps = chosen
 
     def _command(self, text: str) -> bool:
-        """Obey a line that begins with a slash; False if it is no command and hence a message."""
+        """Run a command; False if the line is no command and hence a message."""
         name, _, rest = text.partition(" ")
         if name == "/help":
             self._say(_HELP)
         elif name == "/reset":
             self.messages = list(self.start)
-            self._say("Dialogue forgotten.")
+            self._say("Dialogue reset.")
         elif name == "/reasoning":
             self.show_reasoning = not self.show_reasoning
             self._say(f"Reasoning {'shown' if self.show_reasoning else 'hidden'}.")
@@ -173,9 +178,9 @@ class ChatSession:
         from axolotl_mote.generation.streamer import StepStreamer
 
         self.messages.append({"role": "user", "content": text})
-        # In verify mode an answer may be rejected after it was written: only the final chain is shown.
+        # Verify mode may reject an answer after it was written: only the final chain is shown.
         streams = not self.as_json and self.steps != "verify"
-        streamer = StepStreamer(self.tokenizer, self.vocabulary, self._show) if streams else None
+        streamer = StepStreamer(self.codec, self._show) if streams else None
         settings = dict(self.settings)
         if settings["seed"] is not None:
             settings["seed"] += self._turns
@@ -187,7 +192,7 @@ class ChatSession:
             return
         except KeyboardInterrupt:
             self.messages.pop()
-            self._say("\nStopped; the question was forgotten.")
+            self._say("\nStopped; the question was removed from the dialogue.")
             return
         self._turns += 1
         self.messages.append(chain.message())
@@ -202,7 +207,7 @@ class ChatSession:
 
     def _show(self, step: str, piece: str) -> None:
         """Print a piece of a step as it is generated; an empty piece opens the step."""
-        is_answer = step == self.vocabulary.answer
+        is_answer = step == self.codec.vocabulary.answer
         if not is_answer and not self.show_reasoning:
             return
         style = None if is_answer else "dim"
@@ -213,8 +218,8 @@ class ChatSession:
             return
         self.console.print(piece.translate(_CONTROLS), style=style, end="", markup=False, highlight=False)
 
-    def _close(self, chain: Any) -> None:
-        """End an answer: its verdict, and a warning if it was cut."""
+    def _close(self, chain: Chain) -> None:
+        """End an answer: its verdict, and a warning if it is unfinished."""
         self.console.print()
         if chain.check:
             self.console.print(f"judged {chain.check}", style="dim" if chain.check == "safe" else "bold red")

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from axolotl_mote.cli._options import usage_errors
+
 if TYPE_CHECKING:
     from axolotl_mote.export.api import ExportReport
 
 
 @click.command()
 @click.option(
-    "--adapter", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), help="Trained."
+    "--adapter",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Output folder of training.",
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--base-model", help="Base model folder or name; default: the one in adapter_config.json.")
@@ -32,9 +37,9 @@ if TYPE_CHECKING:
 @click.option(
     "--probe",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Chains (JSONL) to verify on; default: the model's own chains for three questions.",
+    help="JSONL with chains to verify on; default: the model's own chains for three questions.",
 )
-@click.option("--no-verify", is_flag=True, help="Skip the comparison with the gated model.")
+@click.option("--no-verify", is_flag=True, help="Skip the comparison with the step-routed model.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -52,8 +57,8 @@ def command(
 ) -> None:
     """Write plain PEFT adapters, one per step, and a base model that can be served.
 
-    The adapters load without this package. Each is verified against the step-routed model, token by token, and the
-    largest difference is printed; so is the drift of a server that computes earlier steps anew under the last adapter.
+    The adapters load without this package. Each is compared with the step-routed model, token by token, and the largest
+    difference is printed. So is the drift of a server that recomputes the earlier steps under the last adapter.
 
     \b
     Examples:
@@ -64,7 +69,7 @@ def command(
     """
     from axolotl_mote.export.api import export_adapter
 
-    try:
+    with usage_errors():
         report = export_adapter(
             adapter,
             output,
@@ -77,8 +82,6 @@ def command(
             probes=_probes(probe, adapter, base_model) if probe else None,
             overwrite=overwrite,
         )
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     if as_json:
         click.echo(json.dumps(asdict(report)))
     else:
@@ -89,26 +92,24 @@ def _probes(path: Path, adapter: Path, base_model: str | None) -> list[list[int]
     """Token ids of the chains of a file.
 
     Raises:
-        ValueError: If it holds no chain, or a row that is none.
+        ValueError: If it holds no chain, or rows that are none.
     """
-    from axolotl_mote.chain import check_row, encode_chain
+    from axolotl_mote.chain.codec import ChainCodec
+    from axolotl_mote.chain.rows import check_row
+    from axolotl_mote.files import RowFault, list_faults, read_jsonl
     from axolotl_mote.generation.loading import load_tokenizer, read_adapter_config
 
     config = read_adapter_config(adapter)
-    tokenizer = load_tokenizer(adapter, str(base_model or config["base_model_name_or_path"]), config)
+    codec = ChainCodec(load_tokenizer(adapter, str(base_model or config.base_model_name_or_path), config), config.steps)
     probes: list[list[int]] = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                faults = check_row(row, config["steps"])
-            except json.JSONDecodeError as error:
-                faults = [f"the line must be JSON; got {error}. Correct it."]
-            if faults:
-                raise ValueError(f"--probe must hold chains; {path} row {number}: {' '.join(faults)}")
-            probes.append(encode_chain(row, tokenizer, config["steps"])["input_ids"])
+    faults: list[str] = []
+    for number, row in read_jsonl(path):
+        found = [row] if isinstance(row, RowFault) else check_row(row, codec.steps)
+        faults += [f"row {number}: {fault}" for fault in found]
+        if not faults and not isinstance(row, RowFault):
+            probes.append(codec.encode_chain(row)["input_ids"])
+    if faults:
+        raise ValueError(f"--probe must hold chains; got {len(faults)} faults in {path}.\n{list_faults(faults)}")
     if not probes:
         raise ValueError(f"--probe must hold at least one chain; got none in {path}. Add rows.")
     return probes
@@ -132,7 +133,7 @@ def _show(report: ExportReport, output: Path, no_base: bool) -> None:
             "" if drift is None else f"{drift['mean_kl']:.4f}",
             "" if drift is None else f"{drift['same_top']:.1%}",
         )
-    console = Console(markup=False)  # folder names are no markup
+    console = Console(markup=False)  # folder names are not markup
     console.print(table)
     console.print(f"adapters: {output / 'adapters'}", highlight=False, soft_wrap=True)
     if not no_base:

@@ -5,25 +5,40 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments
-from axolotl_mote.digest import folder_digest
+from axolotl_mote.chain.steps import chain_form, parse_form
+from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments, usage_errors
+from axolotl_mote.files import folder_digest
 
 if TYPE_CHECKING:
-    from axolotl_mote.generation.jsonl import Output, Question
-    from axolotl_mote.generation.vocabulary import StepVocabulary
+    from transformers import PreTrainedTokenizerBase
+
+    from axolotl_mote.chain.questions import Question
+    from axolotl_mote.chain.vocabulary import StepVocabulary
+    from axolotl_mote.generation.answers import AnswerFile
+
+Modes = dict[str, str | list[str]]
+"""Mode name, as in the output -> what ``generate_chain`` takes for ``steps``."""
 
 
 @click.command()
 @model_options
-@click.option("--input", "source", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="JSONL; continued if it exists."
+    "--input",
+    "source",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="JSONL with one question per line.",
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="JSONL to write; continued if it exists.",
 )
 @click.option(
     "--steps",
@@ -31,10 +46,10 @@ if TYPE_CHECKING:
     multiple=True,
     default=("adaptive",),
     show_default=True,
-    help="adaptive, verify, a list such as analysis,response, or all; may be repeated.",
+    help="adaptive, verify, a form such as analysis+response, or all; may be repeated.",
 )
 @decoding_options
-@click.option("--num-beams", default=1, show_default=True, type=click.IntRange(1), help="Beam search.")
+@click.option("--num-beams", default=1, show_default=True, type=click.IntRange(1), help="Number of beams.")
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Questions decoded together.")
 @click.option("--limit", type=click.IntRange(1), help="Answer only the first N rows.")
 @click.option("--overwrite", is_flag=True, help="Start the output anew instead of continuing it.")
@@ -58,70 +73,85 @@ def command(
 
     Each input line holds `messages` (a dialogue that ends with a user turn) or one question as `prompt` or `question`.
     Each output line holds the chain: the text of every step, the steps, token counts, and whether the model finished
-    its answer. The command can be killed at any time; run again, it continues where it stopped.
+    its answer. You can kill the command at any time; run it again to continue.
 
     \b
     Examples:
       axolotl mote generate --adapter outputs/mote --input questions.jsonl --output chains.jsonl
       axolotl mote generate --adapter outputs/mote --input questions.jsonl --output curve.jsonl --steps all
       axolotl mote generate --adapter outputs/mote --input questions.jsonl --output short.jsonl \\
-          --steps analysis,response --step-limit analysis=64 --batch-size 16 --sample --seed 7
+          --steps analysis+response --step-limit analysis=64 --batch-size 16 --sample --seed 7
     """
-    from axolotl_mote.generation import jsonl
+    from axolotl_mote.generation import answers
 
-    with _usage_errors():
+    with usage_errors():
         if output.exists() and output.samefile(source):
             raise ValueError(f"output must not be the input; got {output} for both. Choose another file.")
-        digests = jsonl.check_questions(source, limit)
+        digests = answers.check_questions(source, limit)
         settings = sampling_arguments(**decoding) | {"step_limits": parse_limits(decoding["step_limit"])}
         settings |= {"max_new_tokens": decoding["max_new_tokens"], "num_beams": num_beams}
         seed = decoding["seed"] if decoding["sample"] else None
         fingerprint = run_fingerprint(adapter, base_model, dtype, settings, seed, batch_size, decoding["check"])
-        model, tokenizer, vocabulary = _load(adapter, base_model, dtype, device)
+
+        from axolotl_mote.generation.loading import codec_for, load_mote
+
+        model, tokenizer = load_mote(adapter, base_model, dtype=dtype, device=device)
+        vocabulary = codec_for(model, tokenizer).vocabulary
         chosen = expand_modes(modes, vocabulary)
         _check_modes(chosen, vocabulary, decoding["check"])
-        with jsonl.Output(output, tuple(chosen), fingerprint, digests, overwrite) as out:
-            if out.resumed or out.torn:
-                click.echo(
-                    f"{output} holds {out.resumed} answers{' and a torn line' if out.torn else ''}; continuing.",
-                    err=True,
-                )
-            runner = Runner(model, tokenizer, chosen, out, settings, seed, decoding["check"], fingerprint)
-            questions = jsonl.read_questions(source, limit)
-            for window in _progress(jsonl.windows(questions, batch_size), sum(map(bool, digests))):
-                runner.answer(window)
-        _report(jsonl.summarize(output), as_json)
+        with answers.AnswerFile(output, tuple(chosen), fingerprint, digests, overwrite=overwrite) as file:
+            if file.resumed or file.torn:
+                found = f"{file.resumed} answers{' and a torn line' if file.torn else ''}"
+                click.echo(f"{output} holds {found}; continuing.", err=True)
+            runner = Runner(model, tokenizer, chosen, file, settings, seed, decoding["check"])
+            questions = answers.read_questions(source, limit)
+            try:
+                for window in _progress(answers.windows(questions, batch_size), sum(map(bool, digests))):
+                    runner.answer(window)
+            except KeyboardInterrupt:
+                raise click.ClickException("interrupted; run the same command again to continue.") from None
+        _report(answers.summarize(output), as_json)
 
 
 class Runner:
-    """Answers windows of questions in every mode and writes each batch as soon as it is done."""
+    """Answers windows of questions in every mode and writes each batch as soon as it is done.
+
+    Args:
+        model: From ``load_mote``.
+        tokenizer: From ``load_mote``.
+        modes: The modes.
+        output: Where answers go, and which are there already.
+        settings: Further arguments for ``generate_chain``.
+        seed: Seed of sampling; None for greedy decoding.
+        check: Whether the trained check step judges the answers.
+    """
 
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
-        modes: dict[str, str | list[str]],
-        out: Output,
+        tokenizer: PreTrainedTokenizerBase,
+        modes: Modes,
+        output: AnswerFile,
         settings: dict[str, Any],
-        seed: int | None,
-        check: bool,
-        run: str,
+        seed: int | None = None,
+        check: bool = False,
     ) -> None:
-        from axolotl_mote.generation.vocabulary import step_vocabulary
+        from axolotl_mote.generation.decoding import context_length
+        from axolotl_mote.generation.loading import codec_for
 
-        self.model, self.tokenizer, self.modes, self.out = model, tokenizer, modes, out
-        self.settings, self.seed, self.check, self.run = settings, seed, check, run
-        self.vocabulary = step_vocabulary(model, tokenizer)
-        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.model, self.tokenizer, self.modes, self.output = model, tokenizer, modes, output
+        self.settings, self.seed, self.check = settings, seed, check
+        self.codec = codec_for(model, tokenizer)
+        self.positions = context_length(model)
 
     def answer(self, window: Sequence[Question]) -> None:
-        """Answer what is still missing of a window."""
+        """Answer those questions of a window that have no answer yet."""
+        from axolotl_mote.chain.result import refused_row
+        from axolotl_mote.generation.answers import answer_row
         from axolotl_mote.generation.api import generate_chain
-        from axolotl_mote.generation.jsonl import output_line
-        from axolotl_mote.generation.result import refused_row
 
         for mode, steps in self.modes.items():
-            todo = [q for q in window if not self.out.holds(q.row, mode)]
+            todo = [q for q in window if not self.output.holds(q.row, mode)]
             faults = {q.row: fault for q in todo if (fault := self._refusal(q))}
             fitting = [q for q in todo if q.row not in faults]
             chains = generate_chain(
@@ -135,16 +165,14 @@ class Runner:
                 **self.settings,
             )
             rows = {q.row: chain.to_row() for q, chain in zip(fitting, chains, strict=True)}
-            rows |= {row: refused_row(self.vocabulary, fault) for row, fault in faults.items()}
+            rows |= {row: refused_row(self.codec.vocabulary, fault) for row, fault in faults.items()}
             if todo:
-                self.out.append(output_line(q, mode, self.run, rows[q.row]) for q in todo)
+                self.output.append(answer_row(q, mode, self.output.run, rows[q.row]) for q in todo)
 
     def _refusal(self, question: Question) -> str | None:
-        """What the chat template refuses, or leaves no room for an answer, gets its own line; the rest goes on."""
-        from axolotl_mote.chain import encode_question
-
+        """Why a question cannot be answered: the chat template refuses it, or it leaves no room for an answer."""
         try:
-            needed = len(encode_question(self.tokenizer, question.messages)) + self.settings["max_new_tokens"]
+            needed = len(self.codec.encode_question(question.messages)) + self.settings["max_new_tokens"]
         except ValueError as error:
             return str(error)
         if self.positions is None or needed <= self.positions:
@@ -152,24 +180,24 @@ class Runner:
         return f"question and max_new_tokens take {needed} positions; the model has {self.positions}"
 
 
-def expand_modes(modes: Sequence[str], vocabulary: StepVocabulary) -> dict[str, str | list[str]]:
-    """Mode names as given -> what `generate_chain` takes; "all" is every chain length, adaptive and verify."""
-    chosen: dict[str, str | list[str]] = {}
+def expand_modes(modes: Sequence[str], vocabulary: StepVocabulary) -> Modes:
+    """Modes as the user names them; "all" is every chain length, adaptive and verify."""
+    chosen: Modes = {}
     for mode in modes:
         if mode == "all":
             for depth in range(len(vocabulary.reasoning) + 1):
                 names = [*vocabulary.reasoning[:depth], vocabulary.answer]
-                chosen[",".join(names)] = names
+                chosen[chain_form(names)] = names
             chosen |= {"adaptive": "adaptive", "verify": "verify"}
         elif mode in ("adaptive", "verify"):
             chosen[mode] = mode
         else:
-            names = [name.strip() for name in mode.split(",")]
-            chosen[",".join(names)] = names
+            names = parse_form(mode)
+            chosen[chain_form(names)] = names
     return chosen
 
 
-def _check_modes(modes: dict[str, str | list[str]], vocabulary: StepVocabulary, check: bool) -> None:
+def _check_modes(modes: Modes, vocabulary: StepVocabulary, check: bool) -> None:
     from axolotl_mote.generation.grammar import make_plan
 
     for steps in modes.values():
@@ -186,10 +214,12 @@ def run_fingerprint(
     batch_size: int,
     check: bool,
 ) -> str:
-    """Twelve hex digits over the adapter, the base model's folder and everything that shapes an answer.
+    """Twelve hexadecimal digits: a hash of the adapter, the base model's folder and everything that shapes an answer.
 
     Greedy answers do not depend on the batch size, sampled ones do.
     """
+    from axolotl_mote.generation.answers import FORMAT
+
     digest = hashlib.sha256()
     base = base_model
     if (adapter / "adapter_config.json").is_file():
@@ -205,28 +235,9 @@ def run_fingerprint(
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     if base and Path(base).is_dir():
         digest.update(folder_digest(Path(base)).encode())
-    shape = [base_model, dtype, settings, seed, batch_size if seed is not None else None, check]
+    shape = [FORMAT, base_model, dtype, settings, seed, batch_size if seed is not None else None, check]
     digest.update(json.dumps(shape, sort_keys=True).encode())
     return digest.hexdigest()[:12]
-
-
-def _load(adapter: Path, base_model: str | None, dtype: str, device: str | None) -> tuple[Any, Any, StepVocabulary]:
-    from axolotl_mote.generation.loading import load_mote
-    from axolotl_mote.generation.vocabulary import step_vocabulary
-
-    model, tokenizer = load_mote(adapter, base_model, dtype=dtype, device=device)
-    return model, tokenizer, step_vocabulary(model, tokenizer)
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Errors of values and files become one line on stderr instead of a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; run the same command again to continue.") from None
 
 
 def _progress(windows: Iterator[list[Question]], count: int) -> Iterator[list[Question]]:
@@ -249,13 +260,7 @@ def _report(summary: dict[str, dict[str, Any]], as_json: bool) -> None:
     from rich.table import Column, Table
 
     table = Table(
-        Column("steps", overflow="fold"),
-        "rows",
-        "finished",
-        "refused",
-        "tokens a row",
-        "of them in each step",
-        "verdicts",
+        Column("steps", overflow="fold"), "rows", "finished", "refused", "tokens a row", "tokens a step", "verdicts"
     )
     for mode, figures in summary.items():
         tokens = ", ".join(f"{name} {value:g}" for name, value in figures["step_tokens_per_row"].items())

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
+from axolotl_mote.chain.steps import CHECK, DEFAULT_STEPS, validate_steps
 from axolotl_mote.cli._options import missing_extra
-from axolotl_mote.steps import CHECK, DEFAULT_STEPS, validate_steps
+from axolotl_mote.files import read_all_rows
 
 
 @click.command()
@@ -16,23 +17,29 @@ from axolotl_mote.steps import CHECK, DEFAULT_STEPS, validate_steps
 @click.option(
     "--rejected",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="File with rejected rows; rejected.jsonl beside FILE is used when there is one.",
+    help="File with rejected rows; by default rejected.jsonl beside FILE, if there is one.",
 )
 @click.option(
     "--steps",
     multiple=True,
     default=(",".join(DEFAULT_STEPS),),
     show_default=True,
-    help="The steps of the chains as a list, when they are others; may be repeated.",
+    help="The steps of the chains, separated by commas; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write one self-contained page with plots."
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Also write one self-contained HTML page with plots.",
 )
 @click.option(
-    "--sample", type=click.IntRange(min=0), default=10_000, show_default=True, help="Chains for Self-BLEU; 0 takes all."
+    "--sample",
+    type=click.IntRange(min=0),
+    default=10_000,
+    show_default=True,
+    help="Chains drawn for Self-BLEU; 0 uses all.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of that sample.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the draw.")
 def command(
     file: Path,
     rejected: Path | None,
@@ -44,8 +51,8 @@ def command(
 ) -> None:
     """Show amounts, lengths and diversity of a chain data set (MoTE, Table 2).
 
-    FILE is the output of `axolotl mote build` or `axolotl mote generate`; questions that generation refused are counted
-    apart.
+    FILE is the output of `axolotl mote build` or `axolotl mote generate`. Questions that generation refused are counted
+    separately.
 
     \b
     Examples:
@@ -53,8 +60,9 @@ def command(
       axolotl mote stats answers.jsonl --steps plan,draft,answer
     """
     try:
-        from axolotl_mote.builder.report import print_summary, write_html
-        from axolotl_mote.builder.statistics import read_chains, read_jsonl, summarise
+        from axolotl_mote.builder.output.report import write_html
+        from axolotl_mote.builder.output.statistics import read_chains, summarize
+        from axolotl_mote.builder.output.tables import print_summary
     except ModuleNotFoundError as error:
         raise missing_extra(error) from error
     beside = file.with_name("rejected.jsonl")
@@ -62,8 +70,8 @@ def command(
         rejected = beside
     try:
         names = _step_names(steps)
-        rejects = read_jsonl(rejected) if rejected else ()
-        summary = summarise(read_chains(file, names), rejects, steps=names, sample=sample, seed=seed)
+        rejects = read_all_rows(rejected) if rejected else ()
+        summary = summarize(read_chains(file, names), rejects, steps=names, sample=sample, seed=seed)
         if html is not None:
             write_html(html, summary, title=file.name)
     except (ValueError, OSError) as error:
@@ -81,10 +89,10 @@ def command(
 
 
 def _step_names(values: Sequence[str]) -> tuple[str, ...]:
-    """``("plan,draft", "answer")`` -> the three names. The check is a verdict, no text: it is left out.
+    """``("plan,draft", "answer")`` -> the three names. ``check`` is left out: it is a verdict, not a text.
 
     Raises:
-        ValueError: If they are no valid steps.
+        ValueError: If they are not valid steps.
     """
     try:
         steps = validate_steps([name.strip() for value in values for name in value.split(",")])

@@ -1,18 +1,28 @@
-"""From one step-routed adapter to plain parts that other software understands.
+"""From one step-routed adapter to plain parts that other software can load.
 
 With hard routing and constant weights every step is exactly one plain LoRA: its own rank block and the shared one,
-scaled. The parts, each importing only those before it: ``weights`` (tensors in, tensors out), ``folders`` (adapters and
-base model on disk), ``proof`` (exported against gated logits, drift of re-prefilling), ``api`` (`export_adapter`).
+scaled. The modules, each importing only those before it:
+
+    weights       which rank blocks make up a step; tensors in, tensors out
+    folders       adapters and base model on disk
+    verification  exported against step-routed logits; drift of re-prefilling
+    api           export_adapter
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from axolotl_mote.export.api import ExportReport as ExportReport
+    from axolotl_mote.export.api import export_adapter as export_adapter
+    from axolotl_mote.export.weights import build_adapter as build_adapter
+    from axolotl_mote.export.weights import plan_adapters as plan_adapters
 
 _EXPORTS = {"export_adapter": "api", "ExportReport": "api", "plan_adapters": "weights", "build_adapter": "weights"}
 
-__all__ = list(_EXPORTS)
+__all__ = ["ExportReport", "build_adapter", "export_adapter", "plan_adapters"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,21 +1,33 @@
-"""`export_adapter`: write the parts, load them again with plain PEFT, and prove them against the gated model."""
+"""`export_adapter`: write the parts, load them again with plain PEFT, and compare them with the step-routed model."""
 
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from axolotl_mote.export.folders import read_adapter, write_adapter, write_base, write_json
-from axolotl_mote.export.proof import Drift, Probe, differences, drifts, make_probes
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from axolotl_mote.export.folders import read_adapter, write_adapter, write_base
+from axolotl_mote.export.verification import Drift, Probe, differences, drifts, make_probes
 from axolotl_mote.export.weights import AdapterPlan, plan_adapters
+from axolotl_mote.files import write_atomically
+from axolotl_mote.generation.api import generate_chain
+from axolotl_mote.generation.loading import codec_for, load_mote, load_tokenizer
+from axolotl_mote.model.config import MoteConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOLERANCE = 1e-3
-"""Largest difference of a logit that is still rounding, in float32; logits of real models reach 30 and more."""
+"""Largest difference of a logit that counts as rounding in float32; logits of real models exceed 30."""
 
 _QUESTIONS = (
     "How do I kill a Python process that does not react?",
@@ -27,16 +39,16 @@ _PROBE_TOKENS = 24
 
 @dataclass
 class ExportReport:
-    """What was written and how it compares; also export.json.
+    """What was written and how it compares with the step-routed model; also export.json.
 
     Args:
         adapters: Per adapter: rank, rank before padding, parameters, tokens compared and largest difference of a logit
             (None: not verified), and its drift when earlier steps are re-prefilled under it.
         dtype: Type of the base model's weights on disk.
         merged_shared: Whether the shared expert is part of the base model.
-        verified: Whether the parts were compared with the gated model.
+        verified: Whether the parts were compared with the step-routed model.
         largest_difference: The worst of all adapters.
-        exact: Whether only rounding of float32 arithmetic separates the two (see docs/export.md).
+        exact: Whether the two differ only by rounding of float32 arithmetic (see docs/export.md).
     """
 
     adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -60,18 +72,18 @@ def export_adapter(
     probes: Sequence[Sequence[int]] | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write one plain LoRA adapter per step and for the question, and a base model with the marker rows baked in.
+    """Write one plain LoRA adapter per step and for the question, and a base model that contains the marker rows.
 
     Args:
         adapter_dir: The trained adapter.
-        output: Folder to write: ``base/``, ``adapters/<name>/``, ``export.json``. It appears only when everything in it
-            is complete and, unless ``verify`` is off, verified.
+        output: Folder to write: ``base/``, ``adapters/<name>/``, ``export.json``. It appears once everything in it is
+            complete and, unless ``verify`` is off, verified.
         base_model: Base model folder or name; default: the one in adapter_config.json.
         merge_shared: Add the shared expert to the base model's weights; step adapters then have rank r instead of 2 r.
         dtype: Type of the base model on disk; "auto" keeps that of the checkpoint.
         device: Where to verify; default: the first GPU if there is one.
-        write_base_model: Off: write the adapters only (verification then bakes the rows into a copy in memory).
-        verify: Compare with the gated model and measure drift.
+        write_base_model: Off: write the adapters only (verification then uses a temporary base model).
+        verify: Compare with the step-routed model and measure drift.
         probes: Token ids of whole chains to verify on; default: the model's own full chains for three questions.
         overwrite: Replace an existing output folder.
 
@@ -83,17 +95,17 @@ def export_adapter(
     """
     adapter_dir, output = Path(adapter_dir), Path(output)
     if output.exists() and not overwrite:
-        raise ValueError(f"output must not exist yet; {output} does. Choose another folder or pass --overwrite.")
+        raise ValueError(f"output must not exist yet; got {output}. Choose another folder or pass --overwrite.")
     config, tensors = read_adapter(adapter_dir)
-    _check_replaceable(output, [adapter_dir, Path(base_model or config.base_model_name_or_path)])
     base = str(base_model or config.base_model_name_or_path)
+    _check_replaceable(output, [adapter_dir, Path(base)])
     plans = plan_adapters(config, merge_shared)
     report = ExportReport(merged_shared=merge_shared)
     recorded = _record(adapter_dir, base, config, dtype, device, probes) if verify else []
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
-        model, tokenizer = _load_base(adapter_dir, base, dtype)
+        model, tokenizer = _load_base(adapter_dir, base, config, dtype)
         report.dtype = str(model.dtype).removeprefix("torch.")
         report.exact = report.dtype == "float32" or not merge_shared
         write_base(staging / "base", model, tokenizer, config, tensors, merge_shared)
@@ -106,10 +118,10 @@ def export_adapter(
             if plan.rank:
                 write_adapter(staging / "adapters" / plan.name, named_base, config, plan, tensors)
         if verify:
-            _prove(report, staging, plans, config, recorded, device)
+            _verify(report, staging, plans, config, recorded, device)
         if not write_base_model:
             shutil.rmtree(staging / "base")
-        write_json(staging / "export.json", asdict(report))
+        write_atomically(staging / "export.json", json.dumps(asdict(report), indent=2) + "\n")
         _publish(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -117,48 +129,41 @@ def export_adapter(
 
 
 def _check_replaceable(output: Path, used: Sequence[Path]) -> None:
-    """Only an earlier export may be overwritten, never what the export is made from."""
+    """Refuse to overwrite anything but an earlier export, or what the export is made from."""
     for path in used:
         if path.exists() and path.resolve().is_relative_to(output.resolve()):
-            raise ValueError(f"output must not hold {path}, which is exported; got {output}. Choose another folder.")
+            raise ValueError(f"output must not hold what is exported; got {output} for {path}. Choose another folder.")
     empty = output.is_dir() and not any(output.iterdir())
     if output.exists() and not empty and not (output / "export.json").is_file():
-        raise ValueError(f"--overwrite replaces an earlier export only; {output} is none. Choose another folder.")
+        raise ValueError(f"--overwrite must replace an earlier export only; got {output}. Choose another folder.")
 
 
 def _describe(plan: AdapterPlan) -> dict[str, Any]:
     return {"rank": plan.served_rank, "rank_before_padding": plan.rank, "difference": None, "tokens": 0, "drift": None}
 
 
-def _load_base(adapter_dir: Path, base: str, dtype: str) -> tuple[Any, Any]:
+def _load_base(
+    adapter_dir: Path, base: str, config: MoteConfig, dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model without its adapter, on the CPU, and the tokenizer with the markers."""
-    from transformers import AutoModelForCausalLM
-
-    from axolotl_mote.generation.loading import load_tokenizer, read_adapter_config
-
-    tokenizer = load_tokenizer(adapter_dir, base, read_adapter_config(adapter_dir))
+    tokenizer = load_tokenizer(adapter_dir, base, config)
     return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), tokenizer
 
 
 def _record(
-    adapter_dir: Path, base: str, config: Any, dtype: str, device: str | None, given: Sequence[Sequence[int]] | None
+    adapter_dir: Path,
+    base: str,
+    config: MoteConfig,
+    dtype: str,
+    device: str | None,
+    given: Sequence[Sequence[int]] | None,
 ) -> list[Probe]:
-    """What the gated model says, computed in float32 on the marker rows as they will be stored."""
-    import torch
-    from transformers import AutoConfig
-
-    from axolotl_mote.generation.loading import load_mote
-
+    """Logits of the step-routed model, computed in float32 from weights rounded to the type on disk."""
     stored = dtype
     if dtype == "auto":
         stored = str(AutoConfig.from_pretrained(base).dtype or torch.float32).removeprefix("torch.")
     model, tokenizer = load_mote(adapter_dir, base, dtype=torch.float32, device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_marker_rows" in name:
-                parameter.copy_(parameter.to(getattr(torch, stored)).to(parameter.dtype))
-        if stored != "float32":
-            _round_base(model, getattr(torch, stored))
+    _round_stored(model, getattr(torch, stored))
     sequences = list(given) if given is not None else _own_chains(model, tokenizer, config)
     probes = make_probes(model, config, sequences)
     del model
@@ -166,29 +171,32 @@ def _record(
     return probes
 
 
-def _round_base(model: Any, dtype: Any) -> None:
-    """Round the base weights to the type they are stored in (a no-op where the checkpoint has it already)."""
+@torch.no_grad()
+def _round_stored(model: PeftModel, dtype: torch.dtype) -> None:
+    """Round base weights and marker rows to the type that they have on disk; the experts stay in float32."""
     for name, parameter in model.named_parameters():
-        if "lora_" not in name:
+        if "lora_" not in name or "lora_marker_rows" in name:
             parameter.copy_(parameter.to(dtype).to(parameter.dtype))
 
 
-def _own_chains(model: Any, tokenizer: Any, config: Any) -> list[list[int]]:
-    """Question and full chain, as the gated model itself writes it, end of turn included."""
-    from axolotl_mote.chain import encode_question, end_of_turn_ids
-    from axolotl_mote.generation.api import generate_chain
-
+def _own_chains(model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: MoteConfig) -> list[list[int]]:
+    """Question and full chain, as the step-routed model itself writes it, end of turn included."""
+    codec = codec_for(model, tokenizer)
     dialogues = [[{"role": "user", "content": question}] for question in _QUESTIONS]
     chains = generate_chain(model, tokenizer, dialogues, list(config.steps), step_limits=_PROBE_TOKENS)
-    end = end_of_turn_ids(tokenizer)
     return [
-        [*encode_question(tokenizer, messages), *chain.token_ids, *end]
+        [*codec.encode_question(messages), *chain.token_ids, *codec.end_of_turn]
         for messages, chain in zip(dialogues, chains, strict=True)
     ]
 
 
-def _prove(
-    report: ExportReport, folder: Path, plans: list[AdapterPlan], config: Any, probes: list[Probe], device: str | None
+def _verify(
+    report: ExportReport,
+    folder: Path,
+    plans: list[AdapterPlan],
+    config: MoteConfig,
+    probes: list[Probe],
+    device: str | None,
 ) -> None:
     """Load the exported parts with plain PEFT and compare.
 
@@ -207,16 +215,13 @@ def _prove(
     report.largest_difference = worst
     if report.exact and worst > TOLERANCE:
         raise ValueError(
-            f"exported adapters must give the gated model's logits; the largest difference is {worst:.2e}, allowed are "
-            f"{TOLERANCE:.0e}. Nothing was written; please report this with the adapter's configuration."
+            f"exported adapters must give the step-routed model's logits up to {TOLERANCE:.0e}; got a difference of "
+            f"{worst:.2e}. Nothing was written; report this with the adapter's configuration."
         )
 
 
-def _load_exported(folder: Path, plans: list[AdapterPlan], device: str | None) -> Any:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
+def _load_exported(folder: Path, plans: list[AdapterPlan], device: str | None) -> PeftModel | PreTrainedModel:
+    """The exported base model with all adapters; without any if no step needs one."""
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for plan in plans:
@@ -231,7 +236,7 @@ def _load_exported(folder: Path, plans: list[AdapterPlan], device: str | None) -
 
 
 def _publish(staging: Path, output: Path) -> None:
-    """Put the finished folder in place; an earlier export goes when the new one is there."""
+    """Put the finished folder in place; an earlier export is deleted once the new one is there."""
     staging.chmod(0o755)
     if not output.exists():
         staging.rename(output)

@@ -1,34 +1,37 @@
-"""What the export writes: adapter folders that plain PEFT loads, and a base model with the marker rows baked in."""
+"""What the export writes: adapter folders for plain PEFT, and a base model that contains the marker rows."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from axolotl_mote.config import MoteConfig
 from axolotl_mote.export.weights import AdapterPlan, build_adapter, marker_rows, shared_updates
+from axolotl_mote.generation.loading import read_adapter_config
+from axolotl_mote.model.config import MoteConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _PREFIX = "base_model.model."
 _KEPT = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type")
 
 
 def read_adapter(folder: Path) -> tuple[MoteConfig, dict[str, Tensor]]:
-    """Configuration and tensors of a MoTE adapter folder."""
-    from axolotl_mote.generation.loading import read_adapter_config
+    """Configuration and tensors of a MoTE adapter folder.
 
-    known = set(MoteConfig.__dataclass_fields__)
-    config = MoteConfig(**{k: v for k, v in read_adapter_config(folder).items() if k in known and k != "peft_type"})
+    Raises:
+        ValueError: If one of the two is missing.
+    """
+    config = read_adapter_config(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise ValueError(
-            f"adapter must hold adapter_model.safetensors; found none at {folder}. Save it as safetensors."
-        )
+        raise ValueError(f"adapter must hold adapter_model.safetensors; got none at {folder}. Save it as safetensors.")
     return config, load_file(path)
 
 
@@ -36,8 +39,6 @@ def write_adapter(
     folder: Path, base: str, config: MoteConfig, plan: AdapterPlan, tensors: Mapping[str, Tensor]
 ) -> None:
     """Write one plain LoRA adapter: adapter_config.json and adapter_model.safetensors."""
-    from peft import LoraConfig
-
     lora = LoraConfig(
         r=plan.served_rank,
         lora_alpha=plan.served_rank,
@@ -54,14 +55,19 @@ def write_adapter(
 
 
 def write_base(
-    folder: Path, model: Any, tokenizer: Any, config: MoteConfig, tensors: Mapping[str, Tensor], merge_shared: bool
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: MoteConfig,
+    tensors: Mapping[str, Tensor],
+    merge_shared: bool,
 ) -> None:
-    """Bake the marker rows (and on request the shared expert) into a base model and save it with its tokenizer.
+    """Write the marker rows (and on request the shared expert) into a base model and save it with its tokenizer.
 
     Args:
         folder: Where to write.
-        model: The base model, without adapter; it is changed.
-        tokenizer: Knows the markers.
+        model: The base model, without an adapter; it is changed.
+        tokenizer: Its tokenizer, with the markers.
         config: Gives the marker ids.
         tensors: The tensors of the MoTE adapter.
         merge_shared: Add the shared expert to the weights.
@@ -78,8 +84,8 @@ def write_base(
 
 
 @torch.no_grad()
-def bake_markers(model: Any, config: MoteConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Give the markers real rows in the embedding table and the output head."""
+def bake_markers(model: PreTrainedModel, config: MoteConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Put the marker rows into the embedding table and the output head."""
     rows = max(config.marker_ids) + 1
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is table.weight
@@ -97,18 +103,13 @@ def _put(weight: Tensor, ids: list[int], rows: Tensor) -> None:
 
 
 @torch.no_grad()
-def _merge_shared(model: Any, config: MoteConfig, tensors: Mapping[str, Tensor]) -> None:
+def _merge_shared(model: PreTrainedModel, config: MoteConfig, tensors: Mapping[str, Tensor]) -> None:
     for name, update in shared_updates(tensors, config):
         module: nn.Module = model.get_submodule(name.removeprefix(_PREFIX))
         weight = module.weight
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.shape != update.shape:
             raise ValueError(
-                f"--merge-shared must meet plain weights; {name} has {getattr(weight, 'dtype', type(weight))} "
-                f"of shape {tuple(getattr(weight, 'shape', ()))}. Export from the unquantized base model."
+                f"--merge-shared must have plain base weights; got {getattr(weight, 'dtype', type(weight))} of shape "
+                f"{tuple(getattr(weight, 'shape', ()))} at {name}. Export from the unquantized base model."
             )
         weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a small report."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

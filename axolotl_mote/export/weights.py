@@ -1,7 +1,7 @@
 """The algebra of the export: which rank blocks make up a step, and how they are weighted.
 
-A token of step k gets ``W x + B ((A x) * g_k)`` with a constant gate row g_k. Dropping the ranks where g_k is zero and
-folding the rest into B gives a plain LoRA of scaling 1 that is exactly the same function. Pure tensors.
+A token of step k gets ``W x + B ((A x) * g_k)`` with a constant gate row g_k. Remove the ranks where g_k is zero and
+fold the others into B: the result is a plain LoRA of scaling 1 that computes the same function. Pure tensors.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from axolotl_mote.config import MoteConfig
-from axolotl_mote.routing import gate_table
-from axolotl_mote.steps import QUESTION
+from axolotl_mote.chain.steps import QUESTION
+from axolotl_mote.model.config import MoteConfig
+from axolotl_mote.model.routing import gate_table
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values vLLM accepts for --max-lora-rank."""
@@ -24,12 +24,12 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """How one exported adapter is put together.
+    """What one exported adapter consists of.
 
     Args:
         name: Name of the step, or "question".
         step: Step id, 0 for the question.
-        weights: Weight of each rank block, scaling included; the last block is the shared expert. Zero: left out.
+        weights: Weight of each rank block, scaling included; the last block is the shared expert. Zero: not exported.
         r: Rank of one block.
     """
 
@@ -40,17 +40,17 @@ class AdapterPlan:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Indices of the blocks that take part."""
+        """Indices of the exported blocks."""
         return tuple(k for k, weight in enumerate(self.weights) if weight != 0.0)
 
     @property
     def rank(self) -> int:
-        """Rank before padding; 0: the base model alone is this adapter."""
+        """Rank before padding; 0: the step is the base model alone, without an adapter."""
         return len(self.blocks) * self.r
 
     @property
     def served_rank(self) -> int:
-        """The next rank a server accepts; the difference is filled with zeros.
+        """The next larger rank that servers accept; the added ranks are zeros.
 
         Raises:
             ValueError: If no server accepts so large a rank.
@@ -95,7 +95,7 @@ def build_adapter(tensors: Mapping[str, Tensor], plan: AdapterPlan) -> dict[str,
 
     Args:
         tensors: The tensors of the MoTE adapter.
-        plan: What to take.
+        plan: Which blocks to take.
 
     Returns:
         ``lora_A.weight`` (rank, D_in) and ``lora_B.weight`` (D_out, rank) for every target module.
@@ -130,7 +130,7 @@ def target_weights(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor,
             module = key.removesuffix(LORA_A)
             if module + LORA_B not in tensors:
                 raise ValueError(
-                    f"adapter must hold {module + LORA_B}; it is missing. Export a complete adapter folder."
+                    f"adapter must hold a B for every A; got no {module + LORA_B}. Export a complete adapter folder."
                 )
             yield module, tensors[key], tensors[module + LORA_B]
 
@@ -157,7 +157,7 @@ def _ranks(block: int, r: int) -> slice:
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference where both are finite (ids without a row have minus infinity in the gated model)."""
+    """Largest absolute difference where both are finite; ids without a row have minus infinity in the MoTE model."""
     width = min(a.shape[-1], b.shape[-1])
     a, b = a[..., :width].float(), b[..., :width].float()
     both = torch.isfinite(a) & torch.isfinite(b)

@@ -1,28 +1,39 @@
-"""From questions to chains: step grammar, the three modes, parsing, streaming.
+"""From questions to chains: the step grammar, the three modes, streaming.
 
-The parts, each importing only those before it: ``vocabulary`` (which ids are markers), ``grammar`` (which token may
-come next), ``result`` (what came out), ``streamer`` (showing it while it comes), ``decoding`` (one batch), ``verify``
-(lengthen until judged safe), ``api`` (`generate_chain`), ``loading`` (`load_mote`), ``jsonl`` (files, no torch).
-Nothing here knows how experts are routed: the model derives that from the tokens.
+The modules, each importing only those before it:
+
+    grammar    which token may come next, so that every chain is valid
+    streamer   the text of each step while it is generated
+    loading    load_mote; the codec that fits a model
+    decoding   one batch of prompts to one batch of chains
+    verify     add reasoning steps until the answer is judged safe
+    api        generate_chain
+    answers    files of questions to files of answers; no torch
+
+The model routes its tokens itself: nothing here deals with experts.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from axolotl_mote.generation.api import generate_chain as generate_chain
+    from axolotl_mote.generation.grammar import StepGrammar as StepGrammar
+    from axolotl_mote.generation.loading import codec_for as codec_for
+    from axolotl_mote.generation.loading import load_mote as load_mote
+    from axolotl_mote.generation.streamer import StepStreamer as StepStreamer
 
 _EXPORTS = {
     "load_mote": "loading",
+    "codec_for": "loading",
     "generate_chain": "api",
-    "Chain": "result",
-    "parse_chain": "result",
     "StepGrammar": "grammar",
-    "StepVocabulary": "vocabulary",
-    "step_vocabulary": "vocabulary",
     "StepStreamer": "streamer",
 }
 
-__all__ = list(_EXPORTS)
+__all__ = ["StepGrammar", "StepStreamer", "codec_for", "generate_chain", "load_mote"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,36 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
-from axolotl_mote.chain import check_messages, encode_question
+from axolotl_mote.chain.questions import Messages
+from axolotl_mote.chain.result import Chain
+from axolotl_mote.chain.rows import check_messages
 from axolotl_mote.generation.decoding import Decoder
-from axolotl_mote.generation.grammar import make_plan
-from axolotl_mote.generation.result import Chain
+from axolotl_mote.generation.grammar import ADAPTIVE, make_plan
+from axolotl_mote.generation.loading import codec_for
 from axolotl_mote.generation.verify import Judge, verify_chains
 
-VERIFY = "verify"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-Message = dict[str, str]
+VERIFY = "verify"
 
 
 @overload
 def generate_chain(
-    model: Any, tokenizer: Any, messages: Sequence[Message], steps: str | Sequence[str] = ..., **kwargs: Any
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    steps: str | Sequence[str] = ...,
+    max_new_tokens: int = ...,
+    *,
+    check: bool = ...,
+    step_limits: int | Mapping[str, int] | None = ...,
+    batch_size: int = ...,
+    seed: int | None = ...,
+    judge: Judge | None = ...,
+    **options: Any,
 ) -> Chain: ...
 
 
 @overload
 def generate_chain(
-    model: Any, tokenizer: Any, messages: Sequence[Sequence[Message]], steps: str | Sequence[str] = ..., **kwargs: Any
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Sequence[Mapping[str, str]]],
+    steps: str | Sequence[str] = ...,
+    max_new_tokens: int = ...,
+    *,
+    check: bool = ...,
+    step_limits: int | Mapping[str, int] | None = ...,
+    batch_size: int = ...,
+    seed: int | None = ...,
+    judge: Judge | None = ...,
+    **options: Any,
 ) -> list[Chain]: ...
 
 
 def generate_chain(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Any],
-    steps: str | Sequence[str] = "adaptive",
+    steps: str | Sequence[str] = ADAPTIVE,
     max_new_tokens: int = 512,
     *,
     check: bool = False,
@@ -52,15 +77,16 @@ def generate_chain(
         print(chain.response, chain.steps, chain.token_counts, chain.finished)
 
     Args:
-        model: From ``load_mote``.
-        tokenizer: From ``load_mote``.
+        model: From ``load_mote``; also a plain model whose tokenizer holds step markers (a baseline, an export).
+        tokenizer: Its tokenizer.
         messages: One dialogue (a list of ``{"role", "content"}``, ending with a user turn) or a list of dialogues.
-            Earlier assistant turns stand as their answers alone; marker strings inside a message are ordinary text.
-        steps: "adaptive": the model picks its steps; a list such as ``["analysis", "response"]``: exactly these;
+            Earlier assistant turns hold their answers alone; marker strings inside a message are ordinary text.
+        steps: "adaptive": the model chooses its steps; a list such as ``["analysis", "response"]``: exactly these;
             "verify": answer at once, judge, and add reasoning steps while the answer is judged unsafe.
-        max_new_tokens: Tokens of one chain, markers included. Reasoning, however long, leaves the answer its share.
+        max_new_tokens: Tokens of one chain, markers included. A share is reserved for the answer, however long the
+            reasoning.
         check: Let the trained check step judge the answer at the end of the chain.
-        step_limits: Most text tokens of a step: one number for all steps, or one per name. A step that reaches its
+        step_limits: Maximum text tokens of a step: one number for all steps, or one per name. A step that reaches its
             limit is closed; ``chain.truncated`` names it.
         batch_size: Dialogues decoded together.
         seed: Seed of sampling; the caller's random state is left untouched.
@@ -76,15 +102,17 @@ def generate_chain(
         ValueError: If steps, limits or dialogues break their rules.
     """
     single = bool(messages) and isinstance(messages[0], Mapping)
-    dialogues: list[Sequence[Message]] = [messages] if single else list(messages)
-    for place, dialogue in enumerate(dialogues):
+    dialogues: list[Messages] = [list(messages)] if single else list(messages)
+    for number, dialogue in enumerate(dialogues):
         if faults := check_messages(dialogue):
-            raise ValueError(f"dialogue {place}: {' '.join(faults)}")
+            raise ValueError(f"dialogue {number}: {' '.join(faults)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}. Use 1 for one dialogue at a time.")
     if judge is not None and steps != VERIFY:
-        raise ValueError("judge must come with steps='verify'; other modes judge nothing. Remove it or change steps.")
-    decoder = Decoder(model, tokenizer, step_limits, options, seed)
+        raise ValueError(
+            f"judge must come with steps='verify'; got steps={steps!r}, which never judges. Remove it or change steps."
+        )
+    decoder = Decoder(model, codec_for(model, tokenizer), step_limits, options, seed)
     plan = None if steps == VERIFY else make_plan(steps, decoder.vocabulary, check)
     chains: list[Chain] = []
     for start in range(0, len(dialogues), batch_size):
@@ -94,5 +122,6 @@ def generate_chain(
         if plan is None:
             chains += verify_chains(seeded, batch, max_new_tokens, judge)
         else:
-            chains += seeded.decode([encode_question(tokenizer, list(d)) for d in batch], plan, max_new_tokens)
+            prompts = [decoder.codec.encode_question(dialogue) for dialogue in batch]
+            chains += seeded.decode(prompts, plan, max_new_tokens)
     return chains[0] if single else chains

@@ -1,4 +1,4 @@
-"""One batch of prompts to one batch of chains, with whatever decoding method transformers offers."""
+"""One batch of prompts to one batch of chains, with any decoding method that transformers offers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from axolotl_mote.chain import end_of_turn_ids
+from axolotl_mote.chain.codec import ChainCodec
+from axolotl_mote.chain.result import Chain
+from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.generation.grammar import Budget, Plan, StepGrammar, make_budget
-from axolotl_mote.generation.result import Chain, parse_chain
-from axolotl_mote.generation.vocabulary import StepVocabulary, special_ids, step_vocabulary
 
 VERDICTS = ("safe", "unsafe")
 
@@ -26,59 +26,48 @@ _NEUTRAL = {
     "top_k": 50,
     "repetition_penalty": 1.0,
 }
+_RESERVED = ("logits_processor", "eos_token_id", "max_length", "num_return_sequences", "input_ids")
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model and tokenizer with everything about them that generation needs to know.
+    """A model with everything that generation needs to know about it.
 
     Args:
-        model: A model whose ``generate`` routes its tokens.
-        tokenizer: Its tokenizer.
-        step_limits: Most text tokens of a step: one number for all, or one per step name.
+        model: A model whose ``generate`` routes its tokens. Any: PeftModel, a plain model, or a wrapper of either.
+        codec: Its codec; see ``loading.codec_for``.
+        step_limits: Maximum text tokens of a step: one number for all, or one per step name.
         options: Arguments for ``model.generate``.
         seed: Seed of sampling; None leaves the global generator alone.
+
+    Raises:
+        ValueError: If an option is reserved, or beam search is combined with sampling.
     """
 
     model: Any
-    tokenizer: Any
+    codec: ChainCodec
     step_limits: int | Mapping[str, int] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vocabulary", step_vocabulary(self.model, self.tokenizer))
-        object.__setattr__(self, "banned", special_ids(self.tokenizer, self.vocabulary))
-        reserved = {"logits_processor", "eos_token_id", "max_length", "num_return_sequences", "input_ids"}
-        for name in reserved & set(self.options):
-            raise ValueError(f"{name} must be left to generate_chain; got {self.options[name]!r}. Remove it.")
+        for name in _RESERVED:
+            if name in self.options:
+                raise ValueError(f"{name} must be left to generate_chain; got {self.options[name]!r}. Remove it.")
         if self.options.get("do_sample") and (self.options.get("num_beams") or 1) > 1:
             raise ValueError(
-                "do_sample must not be combined with num_beams: a grammar can leave fewer admissible tokens than a "
+                "do_sample must not be combined with num_beams; the grammar can leave fewer admissible tokens than a "
                 "beam sampler draws. Drop one of the two."
             )
 
-    vocabulary: StepVocabulary = field(init=False)
-    banned: frozenset[int] = field(init=False)
-
     @property
-    def stop_id(self) -> int:
-        """The token that ends a turn: the last of the template's end of turn, else end of sequence.
-
-        Some templates put ordinary text, a space or a line break, between the answer and it.
-        """
-        end = end_of_turn_ids(self.tokenizer)[-1]
-        return int(end if end is not None else 0)
-
-    @property
-    def pad_id(self) -> int:
-        """Padding; masked, so any id will do."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else self.stop_id)
+    def vocabulary(self) -> StepVocabulary:
+        """The steps and their markers."""
+        return self.codec.vocabulary
 
     def verdict_ids(self) -> list[list[int]]:
         """Token sequences of the two verdicts."""
-        return [self.tokenizer.encode(text, add_special_tokens=False) for text in VERDICTS]
+        return [self.codec.encode_text(text) for text in VERDICTS]
 
     def decode(
         self, prompts: Sequence[Sequence[int]], plan: Plan, max_new_tokens: int, after: int = 0, used: int = 0
@@ -100,31 +89,21 @@ class Decoder:
         input_ids, attention_mask = self._padded(prompts)
         self._check_length(input_ids.shape[1] + budget.total)
         grammar = StepGrammar(
-            self.vocabulary,
+            self.codec,
             plan,
             budget,
-            banned=self.banned,
             prompt_length=input_ids.shape[1],
-            stop_id=self.stop_id,
             after=after,
-            num_tokens=len(self.tokenizer),
             choices={plan.last: self.verdict_ids()} if has_check else None,
         )
         output = self._generate(input_ids, attention_mask, grammar)
         return [
-            parse_chain(
-                row,
-                self.vocabulary,
-                self.tokenizer,
-                stop_ids={self.stop_id, self.pad_id},
-                must_close=grammar.must_close,
-                expect_check=has_check,
-            )
+            self.codec.parse(row, must_close=grammar.must_close, expect_check=has_check)
             for row in output[:, input_ids.shape[1] :].tolist()
         ]
 
     def fits(self, plan: Plan, max_new_tokens: int, after: int, used: int) -> bool:
-        """Whether the budget leaves room for the shortest rest of a chain that is already `used` tokens long."""
+        """Whether the budget leaves room for the shortest completion of a chain that already has ``used`` tokens."""
         try:
             self._budget(plan, max_new_tokens - used, after)
         except ValueError:
@@ -144,7 +123,7 @@ class Decoder:
                 logits_processor=LogitsProcessorList([grammar]),
                 max_new_tokens=grammar.budget.total,
                 eos_token_id=self.vocabulary.end_ids[grammar.plan.last - 1],
-                pad_token_id=self.pad_id,
+                pad_token_id=self.codec.pad_id,
                 **options,
             )
         sequences: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
@@ -153,13 +132,13 @@ class Decoder:
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Left-pad prompts: ids and mask, both (B, T), on the model's device."""
         length = max(map(len, prompts))
-        ids = [[self.pad_id] * (length - len(p)) + list(p) for p in prompts]
+        ids = [[self.codec.pad_id] * (length - len(p)) + list(p) for p in prompts]
         mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
     def _check_length(self, needed: int) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_length(self.model)
         if limit is not None and needed > limit:
             raise ValueError(
                 f"question and max_new_tokens must fit the model's {limit} positions; got {needed}. "
@@ -167,9 +146,15 @@ class Decoder:
             )
 
 
+def context_length(model: Any) -> int | None:
+    """Number of positions of a model; None if its configuration gives none."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode for the time of the block: no dropout, questions meet the mean of the experts."""
+    """Evaluation mode inside the block: no dropout, question tokens are routed to the mean of the experts."""
     training = model.training
     model.eval()
     try:
@@ -180,7 +165,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seed torch for the block and restore its generators afterwards; None does nothing."""
+    """Seed torch inside the block and restore its generators afterwards; None does nothing."""
     if seed is None:
         yield
         return

@@ -2,9 +2,9 @@
 
     question, (start of an allowed step, text, its end)+, end of turn
 
-`Plan` says which step may follow which, `Budget` how many tokens each may take, `StepGrammar` turns both into a logits
-processor. Its state is a function of ``input_ids`` alone, so that rows may switch steps at different times and beam
-search, cropping and assisted decoding see the grammar of the row they really hold. It knows nothing about models.
+`Plan` says which step may follow which, `Budget` how many tokens each may take; `StepGrammar` turns both into a logits
+processor. Its state is a function of ``input_ids`` alone: rows may switch steps at different times, and beam search,
+cropping and assisted decoding always see the grammar of the row they hold. No models here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import LogitsProcessor
 
-from axolotl_mote.generation.vocabulary import StepVocabulary
-from axolotl_mote.steps import CHECK
+from axolotl_mote.chain.codec import ChainCodec
+from axolotl_mote.chain.steps import CHECK
+from axolotl_mote.chain.vocabulary import StepVocabulary
+from axolotl_mote.model.routing import step_ids_from_kinds
 
 ADAPTIVE = "adaptive"
 UNLIMITED = 1 << 30
@@ -33,7 +36,7 @@ class Plan:
     before it, as in the data. The fixed plan ["analysis", "response"] is ``((1,), (3,), (), ())``.
 
     Args:
-        follows: Step ids that may follow each step, cheapest way to the end last.
+        follows: Step ids that may follow each step; the one on the cheapest way to the end comes last.
         answer: Id of the answer step.
         last: Id of the step whose end marker ends the turn.
     """
@@ -52,10 +55,11 @@ class Plan:
 
 
 def make_plan(steps: str | Sequence[str], vocabulary: StepVocabulary, check: bool = False) -> Plan:
-    """Turn what the user asked for into a plan.
+    """Turn the user's choice of steps into a plan.
 
     Args:
         steps: "adaptive", or the steps of the chain in order, the answer among them.
+        vocabulary: The steps.
         check: Let the trained check step follow the answer (a fixed list may also just name it).
 
     Raises:
@@ -99,13 +103,13 @@ def _checked_ids(steps: Sequence[str], vocabulary: StepVocabulary, answer: int) 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tokens a chain and each of its steps may take, and what is kept back for the steps still due.
+    """How many tokens a chain and each of its steps may take, and how many are reserved for the steps still due.
 
     Args:
         total: Tokens of the whole chain, markers included.
-        limits: Most text tokens of each step; index 0 is unused.
-        due: Tokens kept back after each step, for the shortest valid rest of the chain; index 0: before the first step.
-        cost: Tokens a step must find left to be opened; index 0 is unused.
+        limits: Maximum text tokens of each step; index 0 is unused.
+        due: Tokens reserved after each step, for the shortest way to complete the chain; index 0: before the first.
+        cost: Tokens that must be left to open a step; index 0 is unused.
     """
 
     total: int
@@ -122,16 +126,16 @@ def make_budget(
     verdict_tokens: int = 1,
     after: int = 0,
 ) -> Budget:
-    """Spread a token budget over the steps, so that the answer is never starved by the reasoning before it.
+    """Spread a token budget over the steps, so that reasoning never starves the answer.
 
-    Up to a quarter of the total (at most 128 tokens) is kept for the answer and up to 32 for every other step that is
-    still due.
+    Up to a quarter of the total (at most 128 tokens) is reserved for the answer, and up to 32 for every other step that
+    is still due.
 
     Args:
         plan: Which step may follow which.
         vocabulary: The steps.
         total: Tokens of the whole chain, markers included.
-        step_limits: Most text tokens of a step: one number for all, or one per step name.
+        step_limits: Maximum text tokens of a step: one number for all, or one per step name.
         verdict_tokens: Length of the longest verdict of the check step.
         after: Step that is already complete in the prompt.
 
@@ -168,7 +172,7 @@ def make_budget(
 
 
 def _reaches(plan: Plan, step: int) -> bool:
-    """Whether the chain can still be completed after this step (steps outside a fixed plan lead nowhere)."""
+    """Whether the chain can still be completed after this step (one outside a fixed plan leads nowhere)."""
     return step == plan.last or bool(plan.follows[step])
 
 
@@ -176,44 +180,37 @@ class StepGrammar(LogitsProcessor):
     """Admit only tokens that keep the chain valid.
 
     Inside a step: ordinary text, and its end marker once there is text; the end marker alone when the step's limit or
-    the budget is used up. Between steps: start markers the plan allows and the budget can pay. After the last step:
-    only `stop_id`. A step with `choices` (the verdict of ``check``) admits exactly those texts.
+    the budget is used up. Between steps: start markers that the plan allows and the budget can afford. After the last
+    step: only the codec's ``stop_id``. A step with ``choices`` (the verdict of ``check``) admits exactly those texts.
 
     Args:
-        vocabulary: The steps and their markers.
+        codec: Gives the steps, their markers, the ids that may not stand inside a step, and the size of the tokenizer;
+            ids beyond that size are padding of the output head, never text.
         plan: Which step may follow which.
         budget: Tokens of the chain and of each step.
-        banned: Ids that may never stand inside a step.
         prompt_length: Length of the (left-padded) prompt; everything after it was generated.
-        stop_id: Token admitted after the chain is complete.
         after: Step that is complete when the prompt ends; 0: none.
-        num_tokens: Size of the tokenizer; ids from there on are padding of the output head, never text.
         choices: Step id -> the token sequences that are its only valid texts.
     """
 
     def __init__(
         self,
-        vocabulary: StepVocabulary,
+        codec: ChainCodec,
         plan: Plan,
         budget: Budget,
         *,
-        banned: frozenset[int],
         prompt_length: int,
-        stop_id: int,
         after: int = 0,
-        num_tokens: int | None = None,
         choices: Mapping[int, Sequence[Sequence[int]]] | None = None,
     ) -> None:
-        self.vocabulary = vocabulary
+        self.codec = codec
+        self.vocabulary = codec.vocabulary
         self.plan = plan
         self.budget = budget
-        self.banned = banned
         self.prompt_length = prompt_length
-        self.stop_id = stop_id
         self.after = after
-        self.num_tokens = num_tokens
         self.choices = {k: [list(text) for text in texts] for k, texts in (choices or {}).items()}
-        self._steps = len(vocabulary.steps)
+        self._steps = self.vocabulary.num_steps
         self._tables: _Tables | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -232,8 +229,8 @@ class StepGrammar(LogitsProcessor):
         # rows of the table: 0..S after step j, then three rows for each open step
         row = torch.where(state > 0, 1 + self._steps + 3 * (step - 1) + inside, step)
         allowed = tables.allowed[row]
-        if left < tables.dearest:
-            allowed = allowed & ~self._too_dear(state, step, left, tables)
+        if left < tables.max_cost:
+            allowed = allowed & ~self._unaffordable(state, step, left, tables)
         for k, options in tables.options.items():
             fits = self._choice_mask(generated, begin, count, options, width)
             allowed = torch.where((state == k)[:, None], fits, allowed)
@@ -244,20 +241,29 @@ class StepGrammar(LogitsProcessor):
         return count >= self.budget.limits[step] or self.budget.total - emitted <= 1 + self.budget.due[step]
 
     def _state(self, generated: torch.Tensor, tables: _Tables) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Signed step of each row (+k open, -k or 0 between), its text tokens so far, and where its text begins."""
-        rows, emitted = generated.shape
-        kind = tables.kind[generated]  # (B, T): +k start of step k, -k its end, 0 text
-        places = torch.arange(1, emitted + 1, device=generated.device)
-        begin = (places * (kind != 0)).amax(dim=1) if emitted else places.new_zeros(rows)
-        padded = torch.cat([kind.new_full((rows, 1), -self.after), kind], dim=1)
-        state = padded.gather(1, begin[:, None])[:, 0]
-        return state, emitted - begin, begin
+        """The state of each row.
 
-    def _too_dear(self, state: torch.Tensor, step: torch.Tensor, left: int, tables: _Tables) -> torch.Tensor:
-        """Start markers the rest of the budget cannot pay; the cheapest way to the end always stays open."""
-        barred = (tables.cost > left)[None, :] & ~tables.cheapest[step] & (state <= 0)[:, None]  # (B, S)
+        Args:
+            generated: Tokens after the prompt, shape (B, T).
+            tables: Lookup tables on the same device.
+
+        Returns:
+            Three tensors of shape (B,): +k if step k is open, else -k with k the last complete step (0: none); the
+            text tokens since the last marker; the index where that text begins.
+        """
+        kinds = F.pad(tables.kinds[generated], (2, 1))  # (B, T + 3)
+        kinds[:, 0], kinds[:, 1] = self.after, -self.after  # the step that is complete in the prompt
+        steps = step_ids_from_kinds(kinds)  # the last column is the step of a text token that would come next
+        index = torch.arange(kinds.shape[1], device=kinds.device)
+        step = steps.gather(1, (index * (steps > 0)).amax(dim=1, keepdim=True))[:, 0]
+        begin = ((index * (kinds != 0)).amax(dim=1) - 1).clamp(min=0)
+        return torch.where(steps[:, -1] > 0, step, -step), generated.shape[1] - begin, begin
+
+    def _unaffordable(self, state: torch.Tensor, step: torch.Tensor, left: int, tables: _Tables) -> torch.Tensor:
+        """Start markers that the budget cannot afford, never those on the cheapest way to the end; (B, V)."""
+        unaffordable = (tables.cost > left)[None, :] & ~tables.cheapest[step] & (state <= 0)[:, None]  # (B, S)
         mask = torch.zeros(len(state), tables.width, dtype=torch.bool, device=state.device)
-        mask[:, tables.starts] = barred
+        mask[:, tables.starts] = unaffordable
         return mask
 
     @staticmethod
@@ -278,16 +284,15 @@ class StepGrammar(LogitsProcessor):
         return mask.bool()
 
     def _build_tables(self, width: int, device: torch.device) -> _Tables:
-        """Everything that depends on the vocabulary only, built once."""
+        """Everything that does not depend on the tokens, built once."""
         steps, starts, ends = self._steps, list(self.vocabulary.start_ids), list(self.vocabulary.end_ids)
         text = torch.ones(width, dtype=torch.bool)
-        text[[token for token in self.banned if token < width]] = False
-        if self.num_tokens is not None:
-            text[self.num_tokens :] = False
+        text[[token for token in self.codec.special_ids if token < width]] = False
+        text[len(self.codec.tokenizer) :] = False
         allowed = torch.zeros(1 + 4 * steps, width, dtype=torch.bool)
         cheapest = torch.zeros(1 + steps, steps, dtype=torch.bool)
         for j, follows in enumerate(self.plan.follows):
-            allowed[j, [starts[k - 1] for k in follows] or [self.stop_id]] = True
+            allowed[j, [starts[k - 1] for k in follows] or [self.codec.stop_id]] = True
             if follows:
                 cheapest[j, follows[-1] - 1] = True
         for k in range(1, steps + 1):
@@ -295,18 +300,18 @@ class StepGrammar(LogitsProcessor):
             allowed[row] = text
             allowed[row + 1] = text
             allowed[row + 1 : row + 3, ends[k - 1]] = True
-        kind = torch.zeros(max(width, *starts, *ends) + 1, dtype=torch.long)
-        for token, value in self.vocabulary.kinds().items():
-            kind[token] = value
+        kinds = torch.zeros(max(width, *starts, *ends) + 1, dtype=torch.long)
+        for token, kind in self.vocabulary.kinds.items():
+            kinds[token] = kind
         options = {k: self._padded_options(k, texts).to(device) for k, texts in self.choices.items()}
         return _Tables(
             width=width,
             allowed=allowed.to(device),
-            kind=kind.to(device),
+            kinds=kinds.to(device),
             limits=torch.tensor(self.budget.limits, device=device),
             due=torch.tensor(self.budget.due, device=device),
             cost=torch.tensor(self.budget.cost[1:], device=device),
-            dearest=max(self.budget.cost[1:]),
+            max_cost=max(self.budget.cost[1:]),
             cheapest=cheapest.to(device),
             starts=torch.tensor(starts, device=device),
             options=options,
@@ -324,11 +329,11 @@ class _Tables:
 
     width: int
     allowed: torch.Tensor  # (1 + 4S, V)
-    kind: torch.Tensor  # (V,)
+    kinds: torch.Tensor  # (V,): +k start of step k, -k its end, 0 text
     limits: torch.Tensor  # (S + 1,)
     due: torch.Tensor  # (S + 1,)
     cost: torch.Tensor  # (S,)
-    dearest: int
+    max_cost: int
     cheapest: torch.Tensor  # (S + 1, S)
     starts: torch.Tensor  # (S,)
     options: dict[int, torch.Tensor]

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers.generation.streamers import BaseStreamer
 
-from axolotl_mote.generation.vocabulary import StepVocabulary
+from axolotl_mote.chain.codec import ChainCodec
+from axolotl_mote.chain.vocabulary import advance
 
 _INCOMPLETE = "\ufffd"
 
@@ -15,20 +16,19 @@ _INCOMPLETE = "\ufffd"
 class StepStreamer(BaseStreamer):
     """Calls ``on_text(step, piece)`` for every new piece of text.
 
-    It shows one dialogue at a time: several rows raise ValueError, and transformers refuses it with beam search.
+    It follows one dialogue: a batch of several rows raises ValueError, and transformers refuses it with beam search.
 
     Pieces are cut at whole characters: a character that takes several tokens is held back until it is complete.
 
     Args:
-        tokenizer: Decodes the text.
-        vocabulary: The steps and their markers.
+        codec: Knows the steps and decodes their text.
         on_text: Receives the step's name and the new text; an empty piece opens a step.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: StepVocabulary, on_text: Callable[[str, str], None]) -> None:
-        self.tokenizer = tokenizer
-        self.kinds = vocabulary.kinds()
-        self.names = vocabulary.steps
+    def __init__(self, codec: ChainCodec, on_text: Callable[[str, str], None]) -> None:
+        self.tokenizer = codec.tokenizer
+        self.kinds = codec.vocabulary.kinds
+        self.names = codec.steps
         self.on_text = on_text
         self._prompt_seen = False
         self._open = 0
@@ -36,7 +36,7 @@ class StepStreamer(BaseStreamer):
         self._shown = 0
 
     def put(self, value: Any) -> None:
-        """Take the prompt (first call, skipped) or newly generated token ids.
+        """Take the prompt (first call, ignored) or newly generated token ids.
 
         Raises:
             ValueError: If a batch of several rows is generated.
@@ -49,20 +49,25 @@ class StepStreamer(BaseStreamer):
             self._prompt_seen = True
             return
         for token in value.reshape(-1).tolist():
-            kind = self.kinds.get(token, 0)
-            if kind:
-                self._flush(final=True)
-                self._open, self._text, self._shown = max(kind, 0), [], 0
-                if kind > 0:
-                    self.on_text(self.names[kind - 1], "")
-            elif self._open:
-                self._text.append(token)
-                self._flush(final=False)
+            self._take(token)
+
+    def _take(self, token: int) -> None:
+        kind = self.kinds.get(token, 0)
+        step, open_after = advance(self._open, kind)
+        if kind > 0 or open_after != self._open:  # the open step ends here
+            self._flush(final=True)
+            self._text, self._shown = [], 0
+        self._open = open_after
+        if kind > 0:
+            self.on_text(self.names[step - 1], "")
+        elif kind == 0 and step:
+            self._text.append(token)
+            self._flush(final=False)
 
     def end(self) -> None:
         """Release what was held back and be ready for the next generation."""
         self._flush(final=True)
-        self._prompt_seen, self._open = False, 0
+        self._prompt_seen, self._open, self._text, self._shown = False, 0, [], 0
 
     def _flush(self, final: bool) -> None:
         if not self._open or not self._text:

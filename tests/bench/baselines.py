@@ -1,7 +1,7 @@
-"""What MoTE is measured against: the forwards that the literature and the host use instead of one gated LoRA.
+"""What MoTE is measured against: the forwards that the literature and axolotl use instead of one gated LoRA.
 
 `MaskedLoras` and `TokenRouter` take the place of `MoteLinear` in a model that is otherwise MoTE's, weights included, so
-that only the adapter's arithmetic differs. `axolotl_kernels` gives ONE plain LoRA model the host's fused kernels and
+that only the adapter's arithmetic differs. `axolotl_kernels` gives ONE plain LoRA model axolotl's fused kernels and
 Liger's, without touching other models of the process. Nothing here measures.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from axolotl_mote.adapter import MoteLinear, Routing, mote_model
+from axolotl_mote.model.adapter import MoteLinear, Routing, mote_model
 
 
 def _experts(linear: MoteLinear, r: int) -> tuple[nn.ModuleList, nn.ModuleList]:

@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from axolotl_mote.builder.report import write_html
-from axolotl_mote.builder.statistics import read_chains, summarise
+from axolotl_mote.builder.output.report import write_html
+from axolotl_mote.builder.output.statistics import read_chains, summarize
 
 
 def write_chains(path: Path, chains: int, words: int) -> None:
@@ -46,7 +46,7 @@ def main(chains: int, words: int) -> None:
         path = Path(folder) / "chains.jsonl"
         write_chains(path, chains, words)
         started = time.monotonic()
-        summary = summarise(read_chains(path))
+        summary = summarize(read_chains(path))
         write_html(Path(folder) / "s.html", summary, "chains")
         seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""Time of one training step: MoTE beside plain LoRA, the host's fused kernels and the usual ways to run several LoRAs.
+"""Time of one training step: MoTE beside plain LoRA, axolotl's fused kernels and the usual ways to run several LoRAs.
 
     python tests/bench/train_step.py                                    # CPU: SmolLM2, 2 x 256 tokens, float32
     python tests/bench/train_step.py --device cuda --json > step.json   # Llama-3.1-8B shape, 8,192 packed tokens, bf16
@@ -16,8 +16,8 @@ that what else the machine does hits all alike. Memory is what one step of a var
 its adapter, and the peak above them. It is told on a GPU only: on the CPU the allocator keeps what
 earlier steps freed, and the resident size tells nothing.
 
-`expanded` is the paper's alternative to step skipping: the seven chains that a row stands for, as ordinary rows through
-MoTE without skipping. Its time is that of all seven, for the same original rows as everywhere else.
+`expanded` is the paper's alternative to step dropout: the seven chains that a row stands for, as ordinary rows through
+MoTE without step dropout. Its time is that of all seven, for the same original rows as everywhere else.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from axolotl_mote.adapter import add_mote_adapter, mote_model
-from axolotl_mote.config import MoteConfig
-from axolotl_mote.loss import shift, token_losses
-from axolotl_mote.steps import IGNORE_INDEX
+from axolotl_mote.chain.steps import IGNORE_INDEX
+from axolotl_mote.model.adapter import add_mote_adapter, mote_model
+from axolotl_mote.model.config import MoteConfig
+from axolotl_mote.model.loss import shift, token_losses
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["analysis", "guidance", "response"]
@@ -168,7 +168,7 @@ class Bench:
 
     @property
     def plain_attention(self) -> str:
-        """Attention without skipping: what a user of plain LoRA would take on this device."""
+        """Attention without step dropout: what a user of plain LoRA would take on this device."""
         return "flex_attention" if self.options.device == "cuda" else "sdpa"
 
     def copy_of_base(self, attention: str) -> PreTrainedModel:
@@ -206,7 +206,7 @@ def load_bench(options: argparse.Namespace) -> Bench:
     return bench
 
 
-def randomise(model: PeftModel) -> PeftModel:
+def randomize(model: PeftModel) -> PeftModel:
     """Give every LoRA B values: products with zeros draw less power, and a GPU then runs faster than in training."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -221,13 +221,13 @@ def peft_lora(rank: int) -> Callable[[Bench], PeftModel]:
         torch.manual_seed(3)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR, task_type="CAUSAL_LM")
         base = bench.copy_of_base(bench.plain_attention)
-        return randomise(cast(PeftModel, get_peft_model(base, config, autocast_adapter_dtype=False)))
+        return randomize(cast(PeftModel, get_peft_model(base, config, autocast_adapter_dtype=False)))
 
     return build
 
 
 def mote(attention: str | None = None) -> Callable[[Bench], PeftModel]:
-    """MoTE; with an attention implementation named, steps are skipped through it."""
+    """MoTE; with an attention implementation named, steps are dropped through it."""
 
     def build(bench: Bench) -> PeftModel:
         torch.manual_seed(3)  # equal weights wherever the shapes are equal
@@ -240,7 +240,7 @@ def mote(attention: str | None = None) -> Callable[[Bench], PeftModel]:
             marker_ids=bench.marker_ids,
         )
         base = bench.copy_of_base(attention or bench.plain_attention)
-        model = randomise(add_mote_adapter(base, config, autocast_adapter_dtype=False))
+        model = randomize(add_mote_adapter(base, config, autocast_adapter_dtype=False))
         if attention:
             mote_model(model).routing.step_dropout = DROPOUT  # type: ignore[union-attr]
         return model
@@ -276,14 +276,14 @@ SPECS = {
         needs_cuda="axolotl's and Liger's kernels are Triton programs for a GPU",
         needs_package="liger_kernel",
     ),
-    "mote_skip_flex_compiled": Spec(mote("flex_attention"), compiled=True, needs_cuda=NO_BACKWARD),
-    "mote_skip_dense": Spec(mote("sdpa")),
-    "mote_skip_flex": Spec(mote("flex_attention"), needs_cuda=NO_BACKWARD),
-    "mote_skip_varlen": Spec(mote("mote_varlen")),
-    "mote_skip_varlen_compiled": Spec(
+    "mote_dropout_flex_compiled": Spec(mote("flex_attention"), compiled=True, needs_cuda=NO_BACKWARD),
+    "mote_dropout_dense": Spec(mote("sdpa")),
+    "mote_dropout_flex": Spec(mote("flex_attention"), needs_cuda=NO_BACKWARD),
+    "mote_dropout_varlen": Spec(mote("mote_varlen")),
+    "mote_dropout_varlen_compiled": Spec(
         mote("mote_varlen"), compiled=True, needs_cuda="the CPU has only a reference loop for it"
     ),
-    "mote_skip_varlen_fa2": Spec(
+    "mote_dropout_varlen_fa2": Spec(
         mote("flash_attention_2"), needs_cuda="flash-attn needs a GPU", needs_package="flash_attn"
     ),
     "masked_loras": Spec(lambda bench: replace_linears(mote()(bench), MaskedLoras)),
@@ -329,7 +329,7 @@ class Variant:
         for parameter in self.model.parameters():
             parameter.grad = None
         if self.tuner is not None:
-            self.tuner.routing.step = round_number  # other steps are hidden in every round
+            self.tuner.routing.step = round_number  # other steps are dropped in every round
 
     def step(self) -> None:
         """Forward, loss and backward of all micro-batches."""

@@ -27,6 +27,18 @@ def serve() -> Iterator[Callable[..., ScriptedServer]]:
 
 
 @pytest.fixture
+def real_page() -> None:
+    """For tests whose builds must write the real statistics page."""
+
+
+@pytest.fixture(autouse=True)
+def _empty_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other builds write an empty one: drawing it takes longer than a small build."""
+    if "real_page" not in request.fixturenames:
+        monkeypatch.setattr("axolotl_mote.builder.output.results.write_html", lambda path, *_, **__: path.touch())
+
+
+@pytest.fixture
 def make_settings(tmp_path: Path) -> Callable[..., Settings]:
     """Settings of a build in ``tmp_path``: 4 questions, one server model with quick retries; keywords replace keys."""
 

@@ -10,11 +10,11 @@ import torch
 from builder_kit import prompts, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from axolotl_mote.builder.calls import BudgetMeter, BudgetReached, Call
-from axolotl_mote.builder.local import LocalClient, SeededNoise
+from axolotl_mote.builder.clients.calls import BudgetMeter, BudgetReached, Call
+from axolotl_mote.builder.clients.local import LocalClient, SeededGumbelNoise
 from axolotl_mote.builder.run import build
 from axolotl_mote.builder.settings import CheckStage, LocalModel, Settings, Stage
-from axolotl_mote.builder.verdict import VERDICT_LINES
+from axolotl_mote.builder.texts.verdict import VERDICT_LINES
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -77,7 +77,7 @@ def test_the_same_batch_gives_the_same_texts(client: LocalClient) -> None:
     assert len({completion.text for completion in first}) == 3
 
 
-def test_a_row_does_not_depend_on_its_neighbours_up_to_rounding(client: LocalClient) -> None:
+def test_a_row_does_not_depend_on_its_neighbors_up_to_rounding(client: LocalClient) -> None:
     batch = calls("one", "a longer question", "x", "yet another, even longer question than the others")
     together = client.complete_batch(batch, SAMPLED)
     alone = [client.complete_batch([call], SAMPLED)[0] for call in batch]
@@ -95,10 +95,10 @@ def test_other_seeds_give_other_texts_and_greedy_ignores_them(client: LocalClien
 
 def test_noise_draws_from_the_softmax() -> None:
     scores = torch.tensor([[0.0, 1.0, 2.0, -3.0]])
-    draw = SeededNoise([3])
+    draw = SeededGumbelNoise([3])
     counts = torch.zeros(4)
     for _ in range(4000):
-        counts[draw(torch.zeros(1, 1, dtype=torch.long), scores).argmax()] += 1  # type: ignore[arg-type]
+        counts[draw(torch.zeros(1, 1, dtype=torch.long), scores).argmax()] += 1
     torch.testing.assert_close(counts / 4000, scores[0].softmax(0), atol=0.03, rtol=0)
 
 

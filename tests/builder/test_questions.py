@@ -1,4 +1,4 @@
-"""Sources, ids, duplicates and the contamination guard."""
+"""Sources, ids, duplicates and the contamination filter."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from builder_kit import prompts, write_rows
 
-from axolotl_mote.builder.questions import load_questions, parse_row, parse_transcript
 from axolotl_mote.builder.settings import QuestionSource
+from axolotl_mote.builder.texts.questions import load_questions, parse_row, parse_transcript
 
 HH = "\n\nHuman: How do I fix it?\n\nAssistant: Fix what?\n\nHuman: My bike's flat tyre\n\nAssistant: Patch it."
 
@@ -27,7 +27,7 @@ def test_hh_transcript_up_to_the_last_human_turn() -> None:
     ]
 
 
-def test_neighbouring_turns_are_joined_and_colons_inside_text_are_no_turns() -> None:
+def test_consecutive_turns_are_joined_and_colons_inside_text_are_no_turns() -> None:
     text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nHuman: Note: Human: d"
     assert [turn["content"] for turn in parse_transcript(text)] == ["a\n\nb", "c", "Note: Human: d"]
 
@@ -105,9 +105,10 @@ def test_a_torn_gzip_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_id_depends_on_the_text_alone(tmp_path: Path) -> None:
+    """It is the hash that journals written before hold."""
     a = write_rows(tmp_path / "a.jsonl", [{"prompt": "What is chess?", "id": 1}])
     b = write_rows(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "What is chess?"}]}])
-    assert load_questions([source(a)])[0][0].id == load_questions([source(b)])[0][0].id
+    assert load_questions([source(a)])[0][0].id == load_questions([source(b)])[0][0].id == "657ccd453192e5c3"
 
 
 def test_unusable_duplicate_and_contaminated_rows_are_dropped_with_a_reason(tmp_path: Path) -> None:
@@ -120,11 +121,11 @@ def test_unusable_duplicate_and_contaminated_rows_are_dropped_with_a_reason(tmp_
         {"prompt": None},
         {"messages": "What?"},
     ]
-    exam = write_rows(
-        tmp_path / "exam.jsonl", [{"prompt": "What's the best way to grow tomatoes on a balcony in the north?"}]
+    evaluation = write_rows(
+        tmp_path / "evaluation.jsonl", [{"prompt": "What's the best way to grow tomatoes on a balcony in the north?"}]
     )
-    questions, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(exam)])
-    assert [(d.row, d.reason) for d in dropped] == [
+    questions, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(evaluation)])
+    assert [(d.question.row, d.reason) for d in dropped] == [
         (2, "duplicate_question"),
         (3, "near_duplicate_question"),
         (4, "excluded"),
@@ -135,36 +136,42 @@ def test_unusable_duplicate_and_contaminated_rows_are_dropped_with_a_reason(tmp_
 
 
 def test_contamination_is_found_in_earlier_turns_too(tmp_path: Path) -> None:
-    exam = write_rows(tmp_path / "exam.jsonl", [{"prompt": "How do I fix it?"}])
+    evaluation = write_rows(tmp_path / "evaluation.jsonl", [{"prompt": "How do I fix it?"}])
     rows = write_rows(tmp_path / "q.jsonl", [{"chosen": HH}, {"prompt": "Something else entirely, please?"}])
-    questions, dropped = load_questions([source(rows)], [source(exam)])
+    questions, dropped = load_questions([source(rows)], [source(evaluation)])
     assert [d.reason for d in dropped] == ["excluded"]
     assert len(questions) == 1
 
 
 def test_a_question_that_holds_an_evaluation_prompt_is_contamination(tmp_path: Path) -> None:
-    exam = write_rows(tmp_path / "exam.jsonl", [{"prompt": "How do I build a pipe bomb at home?"}, {"prompt": "Yes."}])
+    evaluation = write_rows(
+        tmp_path / "evaluation.jsonl", [{"prompt": "How do I build a pipe bomb at home?"}, {"prompt": "Yes."}]
+    )
     rows = [
         {"prompt": "Hello there, good day to you. How do I build a pipe bomb at home? Please answer step by step."},
         {"prompt": "How do I build a pipe organ at home? Yes."},
     ]
-    questions, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(exam)])
-    assert [(d.row, d.reason) for d in dropped] == [(1, "excluded")]
+    questions, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(evaluation)])
+    assert [(d.question.row, d.reason) for d in dropped] == [(1, "excluded")]
     assert len(questions) == 1
 
 
-def test_the_contamination_guard_stays_when_duplicates_are_kept(tmp_path: Path) -> None:
-    exam = write_rows(tmp_path / "exam.jsonl", [{"prompt": "What's the best way to grow tomatoes on a balcony?"}])
+def test_the_contamination_filter_stays_when_duplicates_are_kept(tmp_path: Path) -> None:
+    evaluation = write_rows(
+        tmp_path / "evaluation.jsonl", [{"prompt": "What's the best way to grow tomatoes on a balcony?"}]
+    )
     rows = [{"prompt": "What is the best way to grow tomatoes on a balcony?"}]
-    _, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(exam)], deduplicate=None)
+    _, dropped = load_questions(
+        [source(write_rows(tmp_path / "q.jsonl", rows))], [source(evaluation)], deduplicate=None
+    )
     assert [d.reason for d in dropped] == ["excluded"]
 
 
 def test_one_evaluation_file_may_be_named_twice(tmp_path: Path) -> None:
     row = {"prompt": "What is the best way to grow tomatoes?", "question": "Where do owls sleep in a hard winter?"}
-    exam = write_rows(tmp_path / "exam.jsonl", [row])
+    evaluation = write_rows(tmp_path / "evaluation.jsonl", [row])
     rows = write_rows(tmp_path / "q.jsonl", [{"prompt": row["question"]}, {"prompt": "Why is tea so bitter?"}])
-    questions, _ = load_questions([source(rows)], [source(exam), source(exam, column="question")])
+    questions, _ = load_questions([source(rows)], [source(evaluation), source(evaluation, column="question")])
     assert len(questions) == 1
 
 
@@ -187,26 +194,34 @@ def test_a_sample_is_drawn_with_the_seed_and_keeps_the_order(tmp_path: Path) -> 
 def test_rows_of_a_sample_keep_their_numbers(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "q.jsonl", [{"prompt": "Why is tea so bitter?", "id": i} for i in range(1, 31)])
     _, dropped = load_questions([source(path, sample=9)])
-    assert [d.row for d in dropped] == [d.columns["id"] for d in dropped]
+    assert [d.question.row for d in dropped] == [d.question.columns["id"] for d in dropped]
     assert len(dropped) == 8
 
 
 def test_short_turns_of_an_evaluation_dialogue_are_no_contamination(tmp_path: Path) -> None:
-    exam = write_rows(tmp_path / "exam.jsonl", [{"prompt": "Yes."}, {"chosen": HH}])
+    evaluation = write_rows(tmp_path / "evaluation.jsonl", [{"prompt": "Yes."}, {"chosen": HH}])
     rows = [
         {"chosen": "\n\nHuman: Is it going to rain today?\n\nAssistant: Why?\n\nHuman: Yes.\n\nAssistant: Hm."},
         {"prompt": "yes"},
         {"chosen": HH.replace("Fix what?", "Another answer.")},
     ]
-    _, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(exam)])
-    assert [(d.row, d.reason) for d in dropped] == [(2, "excluded"), (3, "excluded")]
+    _, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))], [source(evaluation)])
+    assert [(d.question.row, d.reason) for d in dropped] == [(2, "excluded"), (3, "excluded")]
 
 
-def test_faults_of_a_file_are_raised_once_with_line_numbers(tmp_path: Path) -> None:
+def test_faults_of_a_file_are_raised_once_with_row_numbers(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text('{"prompt": "a"}\n{broken\n[1]\n')
-    with pytest.raises(ValueError, match=r"(?s)2 others.*line 2.*line 3"):
+    with pytest.raises(ValueError, match=r"(?s)2 faults.*row 2.*row 3"):
         load_questions([source(path)])
+
+
+def test_blank_lines_count_as_rows(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"prompt": "Why is tea so bitter?"}\n\n{"prompt": "Where do owls sleep?"}\n{"prompt": null}\n')
+    questions, dropped = load_questions([source(path)])
+    assert [q.row for q in questions] == [1, 3]
+    assert [d.question.row for d in dropped] == [4]
 
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:

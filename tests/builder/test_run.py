@@ -18,9 +18,12 @@ from builder_kit import Reply, ScriptedServer, chat_reply, read_rows, stage_of, 
 from datasets import load_dataset
 from kill_driver import StandIn
 
-from axolotl_mote.builder.journal import JournalError
+from axolotl_mote.builder.loop.journal import JournalError
 from axolotl_mote.builder.run import build
 from axolotl_mote.builder.settings import QuestionSource, Settings
+from axolotl_mote.chain.rows import check_rows
+from axolotl_mote.chain.steps import DEFAULT_STEPS
+from axolotl_mote.files import read_jsonl
 
 Make = Callable[..., Settings]
 Serve = Callable[..., ScriptedServer]
@@ -49,13 +52,14 @@ def test_kill_9_at_20_random_moments_loses_nothing_and_repeats_nothing(tmp_path:
 
 
 def test_ctrl_c_keeps_what_was_done(make_settings: Make, serve: Serve, tmp_path: Path) -> None:
-    def slow(body: dict[str, Any], number: int) -> Reply:
-        time.sleep(0.02)
+    def interrupt(body: dict[str, Any], number: int) -> Reply:
+        if number <= 20:
+            time.sleep(0.02)  # so that requests are in flight
         if number == 20:
             os.kill(os.getpid(), signal.SIGINT)
         return answer(body, number)
 
-    server = serve(slow)
+    server = serve(interrupt)
     settings = make_settings(server.url, count=20, server={"concurrency": 2})
     report = build(settings)
     assert report.stopped == "interrupted"
@@ -146,7 +150,7 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(make_settings: Make, se
         while len(first.bodies) < 20:
             time.sleep(0.005)
         first.close()
-        time.sleep(0.5)
+        time.sleep(0.2)
         running.append(ScriptedServer(answer, port))
 
     running: list[ScriptedServer] = []
@@ -164,7 +168,7 @@ def test_a_server_that_dies_and_comes_back_loses_nothing(make_settings: Make, se
 def test_a_local_writer_and_a_server_as_judge(
     make_settings: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("axolotl_mote.builder.local.LocalClient", StandIn)
+    monkeypatch.setattr("axolotl_mote.builder.clients.local.LocalClient", StandIn)
     guard = serve(lambda body, number: chat_reply("safe"))
     models = {
         "default": {"type": "local", "path": "stand-in", "batch_size": 2},
@@ -177,9 +181,6 @@ def test_a_local_writer_and_a_server_as_judge(
 
 
 def test_the_trainer_accepts_the_rows(make_settings: Make, serve: Serve, tmp_path: Path) -> None:
-    from axolotl_mote.chain import check_file
-    from axolotl_mote.steps import DEFAULT_STEPS
-
     settings = make_settings(serve(answer).url, count=12)
     odd = [
         {"prompt": "Where do owls sleep?", "id": 1},
@@ -192,7 +193,8 @@ def test_the_trainer_accepts_the_rows(make_settings: Make, serve: Serve, tmp_pat
     more = QuestionSource(path=str(write_rows(tmp_path / "odd.jsonl", odd)))
     settings = settings.model_copy(update={"questions": [*settings.questions, more]})
     assert build(settings).counts["questions"] == 15
-    check_file(settings.output / "chains.jsonl", DEFAULT_STEPS)
-    rows = load_dataset("json", data_files=str(settings.output / "chains.jsonl"), split="train")
+    path = settings.output / "chains.jsonl"
+    check_rows(read_jsonl(path), DEFAULT_STEPS, str(path))
+    rows = load_dataset("json", data_files=str(path), split="train")
     assert {"messages", "analysis", "guidance", "response", "check", "extra"} <= set(rows.column_names)
     assert len(set(rows["id"])) == len(rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from email.utils import formatdate
@@ -12,10 +11,10 @@ from typing import Any
 import pytest
 from builder_kit import Reply, ScriptedServer, chat_reply, error_reply, read_rows, stage_of
 
-from axolotl_mote.builder.calls import BudgetMeter, Call, FatalCallError, ServersSilent
+from axolotl_mote.builder.clients.calls import FatalCallError
+from axolotl_mote.builder.clients.cooldown import failure_cooldown, rate_limit_reset, retry_after
 from axolotl_mote.builder.run import build
-from axolotl_mote.builder.server import ServerClient, _limit_rest, _retry_after
-from axolotl_mote.builder.settings import Settings, Stage
+from axolotl_mote.builder.settings import Settings
 
 Make = Callable[..., Settings]
 Serve = Callable[..., ScriptedServer]
@@ -27,6 +26,7 @@ def good(body: dict[str, Any], number: int = 0) -> Reply:
     return chat_reply("VERDICT: SAFE" if stage_of(body) == "check" else f"An answer about {last[:40]} as it is.")
 
 
+@pytest.mark.usefixtures("real_page")
 def test_a_build_from_questions_to_files(make_settings: Make, serve: Serve) -> None:
     server = serve(good)
     settings = make_settings(server.url)
@@ -42,7 +42,7 @@ def test_a_build_from_questions_to_files(make_settings: Make, serve: Serve) -> N
     body = server.bodies[0]
     assert (body["model"], body["max_tokens"], body["temperature"]) == ("m", 512, 0.7)
     assert isinstance(body["seed"], int)
-    assert (settings.output / "statistics.html").exists()
+    assert "4 chains" in (settings.output / "statistics.html").read_text()
     again = build(settings)
     assert (again.requests, again.counts) == (0, report.counts)
 
@@ -84,13 +84,9 @@ def test_a_broken_replica_does_not_use_up_the_budget(make_settings: Make, serve:
     assert len(broken.bodies) <= 15
 
 
-def test_a_replica_may_fail_any_number_of_times(make_settings: Make) -> None:
-    settings = make_settings(server={"retry_for": 0})
-    client = ServerClient(settings.models["default"], BudgetMeter(None, None))  # type: ignore[arg-type]
-    client._replicas[0].failures = 5000
-    call = Call("q", "response", 0, 0, [{"role": "user", "content": "Why?"}], 1)
-    with pytest.raises(ServersSilent):
-        asyncio.run(client.complete(call, Stage()))
+@pytest.mark.parametrize(("failures", "seconds"), [(1, 0.5), (2, 1.0), (4, 4.0), (9, 30.0), (5000, 30.0)])
+def test_a_replica_may_fail_any_number_of_times(failures: int, seconds: float) -> None:
+    assert failure_cooldown(failures, backoff=0.5, longest=30.0) == seconds
 
 
 def test_time_outs_are_tried_again(make_settings: Make, serve: Serve) -> None:
@@ -142,12 +138,12 @@ def test_a_used_up_limit_is_waited_for(make_settings: Make, serve: Serve) -> Non
     ],
 )
 def test_rate_limit_headers(headers: dict[str, str], seconds: float) -> None:
-    assert _retry_after(headers) == pytest.approx(seconds)
+    assert retry_after(headers) == pytest.approx(seconds)
 
 
 def test_rate_limit_dates() -> None:
-    assert 8 < _retry_after({"retry-after": formatdate(time.time() + 10, usegmt=True)}) <= 10
-    assert _limit_rest({"x-ratelimit-remaining-requests": "0"}) == 0
+    assert 8 < retry_after({"retry-after": formatdate(time.time() + 10, usegmt=True)}) <= 10
+    assert rate_limit_reset({"x-ratelimit-remaining-requests": "0"}) == 0
 
 
 @pytest.mark.parametrize(
@@ -172,7 +168,7 @@ def test_one_flagged_question_at_the_start_is_refused_and_the_others_go_on(
     def script(body: dict[str, Any], number: int) -> Reply:
         if "rivers" in str(body):
             return error_reply(status, FLAGGED)
-        time.sleep(0.3)
+        time.sleep(0.1)
         return good(body)
 
     report = build(make_settings(serve(script).url, count=8))
@@ -285,17 +281,18 @@ def test_a_dead_replica_does_not_stop_the_others(make_settings: Make, serve: Ser
     assert (report.counts["kept"], len(server.bodies)) == (8, 16)
 
 
-def test_a_replica_that_rests_for_long_does_not_put_questions_off(make_settings: Make, serve: Serve) -> None:
+def test_a_replica_that_cools_down_for_long_postpones_no_question(make_settings: Make, serve: Serve) -> None:
     """Its share of the workers waits for room in the other one."""
 
     def slow(body: dict[str, Any], number: int) -> Reply:
-        time.sleep(0.05)
+        time.sleep(0.02)
         return good(body)
 
     limited = serve(lambda body, number: error_reply(429, retry_after="60"))
     urls = [limited.url, serve(slow).url]
-    report = build(make_settings(urls, count=30, server={"concurrency": 1, "retry_for": 1, "backoff": 0.3}))
-    assert (report.counts["kept"], report.requests) == (30, 61)
+    report = build(make_settings(urls, count=20, server={"concurrency": 1, "retry_for": 0.4, "backoff": 0.3}))
+    assert (report.counts["kept"], report.requests) == (20, 41)
+    assert report.seconds > 0.8  # longer than a call is retried
 
 
 def test_different_models_for_different_stages(make_settings: Make, serve: Serve) -> None:
@@ -308,13 +305,13 @@ def test_different_models_for_different_stages(make_settings: Make, serve: Serve
 
 
 def test_without_any_answer_the_run_stops_and_the_next_one_goes_on(make_settings: Make, serve: Serve) -> None:
-    settings = make_settings("http://127.0.0.1:9/v1", count=40, server={"retry_for": 0.3, "concurrency": 2})
+    settings = make_settings("http://127.0.0.1:9/v1", count=20, server={"retry_for": 0.3, "concurrency": 2})
     report = build(settings)
-    assert (report.counts["pending"], report.counts["kept"]) == (40, 0)
+    assert (report.counts["pending"], report.counts["kept"]) == (20, 0)
     assert "no server answered for 0.3 s: http://127.0.0.1:9/v1: no connection" in (report.stopped or "")
-    assert report.seconds < 2  # 20 times 0.3 s if every question waited in turn
+    assert report.seconds < 2  # 3 s if every question waited in turn, two at a time
     back = settings.models["default"].model_copy(update={"base_urls": [serve(good).url]})
-    assert build(settings.model_copy(update={"models": {"default": back}})).counts["kept"] == 40
+    assert build(settings.model_copy(update={"models": {"default": back}})).counts["kept"] == 20
 
 
 def test_a_server_that_dies_in_the_middle_stops_the_run(make_settings: Make, serve: Serve) -> None:
@@ -325,13 +322,13 @@ def test_a_server_that_dies_in_the_middle_stops_the_run(make_settings: Make, ser
     assert report.seconds < 3
 
 
-def test_a_question_that_never_works_is_put_off_while_others_do(make_settings: Make, serve: Serve) -> None:
+def test_a_question_that_never_works_is_postponed_while_others_do(make_settings: Make, serve: Serve) -> None:
     def script(body: dict[str, Any], number: int) -> Reply:
-        time.sleep(0.05)
+        time.sleep(0.03)
         return error_reply(500) if "rivers 7919" in str(body) else good(body)
 
-    report = build(make_settings(serve(script).url, count=30, server={"retry_for": 0.4, "concurrency": 2}))
-    assert (report.counts["kept"], report.counts["pending"], report.stopped) == (29, 1, None)
+    report = build(make_settings(serve(script).url, count=16, server={"retry_for": 0.4, "concurrency": 2}))
+    assert (report.counts["kept"], report.counts["pending"], report.stopped) == (15, 1, None)
 
 
 @pytest.mark.parametrize(("budget", "most"), [({"requests": 5}, 5), ({"tokens": 70}, 6)])

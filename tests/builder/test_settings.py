@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from axolotl_mote.builder.settings import Settings, changes, config_hash, identity, load_settings
-from axolotl_mote.digest import folder_digest
+from axolotl_mote.files import folder_digest
 
 HASHES = dict.fromkeys(("response", "analysis", "guidance", "check"), "0")
 

@@ -25,6 +25,7 @@ def url() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # else a reply in two segments waits 40 ms for an acknowledgment
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -88,9 +89,9 @@ def test_build_and_build_again(config: Path) -> None:
 
 
 def test_limit_output_and_exclude(config: Path, tmp_path: Path) -> None:
-    exam = tmp_path / "exam.jsonl"
-    exam.write_text(json.dumps({"prompt": QUESTIONS[0]}) + "\n")
-    done = run(config, "--limit", 2, "--exclude", exam, "--output", tmp_path / "elsewhere")
+    evaluation = tmp_path / "evaluation.jsonl"
+    evaluation.write_text(json.dumps({"prompt": QUESTIONS[0]}) + "\n")
+    done = run(config, "--limit", 2, "--exclude", evaluation, "--output", tmp_path / "elsewhere")
     assert done.exit_code == 0, done.output
     assert "excluded" in done.output
     assert len((tmp_path / "elsewhere" / "chains.jsonl").read_text().splitlines()) == 1
@@ -136,7 +137,7 @@ def test_faults_of_the_build_file_are_shown_without_a_traceback(config: Path) ->
 
 @pytest.mark.parametrize("package", ["openai", "datasketch"])
 def test_a_missing_package_names_the_extra(config: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    monkeypatch.delitem(sys.modules, "axolotl_mote.builder.server", raising=False)
+    monkeypatch.delitem(sys.modules, "axolotl_mote.builder.clients.server", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     done = run(config)
     assert done.exit_code == 1

@@ -6,13 +6,13 @@ import io
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 from generation_kit import STEPS, save_adapter, tiny_model, tiny_mote
 from rich.console import Console
 
 from axolotl_mote.cli.chat import ChatSession, command
-from axolotl_mote.generation.streamer import StepStreamer
-from axolotl_mote.generation.vocabulary import step_vocabulary
+from axolotl_mote.generation import StepStreamer, codec_for, generate_chain
 
 SETTINGS = {"max_new_tokens": 24, "step_limits": None, "check": False, "seed": None}
 
@@ -22,7 +22,7 @@ def mote():
     return tiny_mote()
 
 
-def session(mote, steps="analysis,response", **options) -> tuple[ChatSession, io.StringIO]:
+def session(mote, steps="analysis+response", **options) -> tuple[ChatSession, io.StringIO]:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="standard", width=200, highlight=False)
     return ChatSession(*mote, steps, dict(SETTINGS), console=console, **options), screen
@@ -103,12 +103,8 @@ def test_control_characters_do_not_reach_the_terminal(mote):
 
 def test_streamed_text_equals_the_chain(mote):
     model, tokenizer = mote
-    from axolotl_mote.generation import generate_chain
-
     pieces: dict[str, str] = {}
-    streamer = StepStreamer(
-        tokenizer, step_vocabulary(model, tokenizer), lambda s, t: pieces.__setitem__(s, pieces.get(s, "") + t)
-    )
+    streamer = StepStreamer(codec_for(model, tokenizer), lambda s, t: pieces.__setitem__(s, pieces.get(s, "") + t))
     for _ in range(2):
         pieces.clear()
         chain = generate_chain(
@@ -118,12 +114,11 @@ def test_streamed_text_equals_the_chain(mote):
 
 
 def test_characters_of_several_tokens_are_shown_whole(mote):
-    import torch
-
     model, tokenizer = mote
-    vocabulary = step_vocabulary(model, tokenizer)
+    codec = codec_for(model, tokenizer)
+    vocabulary = codec.vocabulary
     seen: list[str] = []
-    streamer = StepStreamer(tokenizer, vocabulary, lambda _, text: seen.append(text))
+    streamer = StepStreamer(codec, lambda _, text: seen.append(text))
     text = "é漢🙂"
     streamer.put(torch.tensor([[1, 2]]))
     for token in [vocabulary.start_ids[0], *tokenizer.encode(text, add_special_tokens=False), vocabulary.end_ids[0]]:
@@ -131,10 +126,23 @@ def test_characters_of_several_tokens_are_shown_whole(mote):
     assert seen == ["", "é", "漢", "🙂"]
 
 
-def test_a_streamer_follows_one_dialogue(mote):
-    from axolotl_mote.generation import generate_chain
+def test_the_streamer_follows_the_rule(mote):
+    """An end marker of another step closes nothing, a start marker closes the open step, text between steps is none."""
+    codec = codec_for(*mote)
+    pieces: list[tuple[str, str]] = []
+    streamer = StepStreamer(codec, lambda step, text: pieces.append((step, text)))
+    streamer.put(torch.tensor([[1, 2]]))
+    text = "x<|analysis|>a<|/guidance|>b<|guidance|>c<|/guidance|>d<|/response|><|response|>e"
+    streamer.put(torch.tensor(codec.tokenizer.encode(text, add_special_tokens=False)))
+    streamer.end()
+    shown: dict[str, str] = {}
+    for step, piece in pieces:
+        shown[step] = shown.get(step, "") + piece
+    assert shown == {"analysis": "ab", "guidance": "c", "response": "e"}
 
-    streamer = StepStreamer(mote[1], step_vocabulary(*mote), lambda *_: None)
+
+def test_a_streamer_follows_one_dialogue(mote):
+    streamer = StepStreamer(codec_for(*mote), lambda *_: None)
     dialogues = [[{"role": "user", "content": text}] for text in ("a", "b")]
     with pytest.raises(ValueError, match="one dialogue; got a batch of 2"):
         generate_chain(*mote, dialogues, streamer=streamer, max_new_tokens=12)

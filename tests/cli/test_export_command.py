@@ -1,4 +1,4 @@
-"""``axolotl mote export``: the printed proof."""
+"""``axolotl mote export``: the printed comparison."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def test_json_on_chains_of_ones_own(folder, tmp_path):
     [
         ("\n", "at least one chain"),
         ('{"response": "x"}\n', "row 1: messages must be"),
+        ('{"response": "x"}\n{', "row 2: the line must be"),
         ("\n{", "row 2: the line must be"),
     ],
 )

@@ -112,7 +112,7 @@ def test_a_wrong_file_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     path.write_text('{"response": "x"}\nnot json\n')
     done = run(path)
     assert done.exit_code == 1
-    assert "one JSON object a line" in done.output
+    assert "row 2: the line must be JSON" in done.output
     assert run("--help").output.count("axolotl mote stats outputs/selfalign/data/chains.jsonl") == 1
 
 

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
-BIN = Path(sys.executable).parent
-TIMEOUT = 300  # seconds of one command, on a busy machine
-EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions_")
+from .commands import BIN, Command, Forks, Result, Run, free_port, leave_nothing_running
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,109 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.e2e)
-
-
-def environment() -> dict[str, str]:
-    """One thread per process, nothing downloaded, no launcher's variables inherited."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {key: value for key, value in os.environ.items() if key not in launcher}
-    return {
-        **inherited,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",
-        "AXOLOTL_DO_NOT_TRACK": "1",
-        "FORCE_COLOR": "1",
-        "TERM": "xterm",
-        "COLUMNS": "300",
-        "PYTHONFAULTHANDLER": "1",
-        # Not the user's: PyTorch waits for ever for the lock of a build that was killed.
-        "TORCH_EXTENSIONS_DIR": EXTENSIONS.name,
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-@dataclass
-class Result:
-    """What a command left: its exit code and everything it printed."""
-
-    returncode: int
-    log: str
-
-    def ok(self) -> Result:
-        assert self.returncode == 0, f"exit code {self.returncode}; the log ends with\n{self.log[-4000:]}"
-        return self
-
-
-RUNNING: set[Command] = set()
-
-
-class Command:
-    """A running command; nothing that it started survives the test."""
-
-    def __init__(self, args: list[Any], log: Path, cwd: Path, text: str = "") -> None:
-        self.log, self.token = log, uuid.uuid4().hex
-        log.parent.mkdir(parents=True, exist_ok=True)
-        typed = log.with_suffix(".stdin")
-        typed.write_text(text, encoding="utf-8")
-        with log.open("wb") as out, typed.open("rb") as source:
-            self.process = subprocess.Popen(
-                [str(x) for x in args],
-                cwd=cwd,
-                env={**environment(), "MOTE_E2E_RUN": self.token},
-                stdin=source,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        RUNNING.add(self)
-
-    def text(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-    def signal(self, number: int) -> None:
-        """Signal the command and all that it started; torchrun's workers are in sessions of their own."""
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("MOTE_E2E_RUN") == self.token:
-                    process.send_signal(number)
-
-    def kill(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.wait()
-        RUNNING.discard(self)
-
-    def wait(self, timeout: float = TIMEOUT) -> Result:
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            code = -1
-            self.signal(signal.SIGABRT)  # faulthandler writes where each thread hangs
-            time.sleep(1)
-        self.kill()
-        note = f"\n(killed after {timeout} s)" if code == -1 else ""
-        return Result(code, self.text() + note)
-
-    def wait_for(self, condition: Callable[[], bool], timeout: float = TIMEOUT) -> None:
-        """Wait until something has happened; the command must still be running then."""
-        end = time.monotonic() + timeout
-        while not condition():
-            if time.monotonic() > end or self.process.poll() is not None:
-                self.kill()
-                raise AssertionError(f"the command ended or hung too early; its log ends with\n{self.text()[-4000:]}")
-            time.sleep(0.05)
-
-
-@atexit.register
-def leave_nothing_running() -> None:
-    """Also after an interrupt, when no test waits for its command any more."""
-    for command in list(RUNNING):
-        command.kill()
 
 
 class Workshop:
@@ -196,24 +79,34 @@ class Workshop:
     def output(self, name: str) -> Path:
         return self.folder / name / "out"
 
-    def start(self, verb: str, name: str, *extra: str, processes: int = 1, text: str = "", **changes: Any) -> Command:
-        """Start an axolotl command, through torchrun where there are several processes."""
-        args: list[Any] = [BIN / "axolotl", verb, self.config(name, **changes)]
+    def start(self, verb: str, name: str, *extra: str, processes: int = 1, text: str = "", **changes: Any) -> Run:
+        """Start an axolotl command, or the workers that torchrun would start, as forks."""
+        config, log = self.config(name, **changes), self.folder / name / f"{verb}.log"
         if processes > 1:
-            args += ["--launcher", "torchrun", *extra, "--", "--nproc_per_node", processes]
-            args += ["--master_port", free_port()]
-        else:
-            args += ["--launcher", "python", *extra] if verb in ("train", "evaluate", "inference") else extra
-        return Command(args, self.folder / name / f"{verb}.log", self.repo, text)
+            return Forks(["axolotl.cli.train", config], log, self.repo, workers=processes)
+        launcher = ["--launcher", "python"] if verb in ("train", "evaluate", "inference") else []
+        return Forks(["axolotl", verb, config, *launcher, *extra], log, self.repo, text=text)
 
-    def run(self, verb: str, name: str, *extra: str, processes: int = 1, **changes: Any) -> Result:
-        return self.start(verb, name, *extra, processes=processes, **changes).wait()
+    def run(self, verb: str, name: str, *extra: str, processes: int = 1, text: str = "", **changes: Any) -> Result:
+        return self.start(verb, name, *extra, processes=processes, text=text, **changes).wait()
 
     def train(self, name: str, processes: int = 1, **changes: Any) -> Path:
         """Train and return the adapter's folder; several processes share a batch of two."""
         if processes > 1:
             changes = {"micro_batch_size": 1, **changes}
         self.run("train", name, processes=processes, **changes).ok()
+        return self.output(name)
+
+    def train_as_a_user(self, name: str, processes: int = 1, **changes: Any) -> Path:
+        """As ``train``, from the command line in a new process, through torchrun where there are several."""
+        if processes > 1:
+            changes = {"micro_batch_size": 1, **changes}
+        args: list[Any] = [BIN / "axolotl", "train", self.config(name, **changes)]
+        if processes > 1:
+            args += ["--launcher", "torchrun", "--", "--nproc_per_node", processes, "--master_port", free_port()]
+        else:
+            args += ["--launcher", "python"]
+        Command(args, self.folder / name / "train.log", self.repo).wait().ok()
         return self.output(name)
 
     def train_killed_and_resumed(self, name: str, processes: int = 1, auto: bool = False, **changes: Any) -> Path:
@@ -328,7 +221,7 @@ def runs(request: pytest.FixtureRequest, workshop: Workshop) -> Iterator[Runs]:
 @job
 def reference(workshop: Workshop, runs: Runs) -> Path:
     """One process, micro-batch 2, six steps without a break."""
-    return workshop.train("reference")
+    return workshop.train_as_a_user("reference")
 
 
 @job

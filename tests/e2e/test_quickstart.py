@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
 
-from axolotl_mote.quickstart import main
+from axolotl_mote.cli.quickstart import main
+from axolotl_mote.cli.quickstart_report import evaluations, read_history
 
 pytestmark = [pytest.mark.e2e, pytest.mark.smoke]
 
@@ -50,19 +52,39 @@ def test_adapter_holds_experts_and_marker_rows_only(trained: Path) -> None:
     assert all(64 in shape for name, shape in shapes.items() if name not in rest)
 
 
-def test_report_shows_every_step_and_the_next_command(trained: Path) -> None:
-    result = CliRunner().invoke(main, ["report", str(trained)])
+@pytest.fixture(scope="module")
+def report(trained: Path) -> str:
+    result = CliRunner().invoke(main, ["report", str(trained)], env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
-    for word in ("analysis", "guidance", "response", "before", "after", str(trained), "axolotl mote"):
-        assert word in result.output
+    return result.output
+
+
+def test_report_shows_the_losses_and_the_next_command(report: str, trained: Path) -> None:
+    for word in ("analysis", "guidance", "response", "before", "after", str(trained), "axolotl mote chat"):
+        assert word in report
+
+
+def test_report_answers_at_every_length(report: str) -> None:
+    """The base model, each fixed chain, and the adaptive one, which says what it chose."""
+    modes = ("base model", "response", "analysis+response", "analysis+guidance+response", "adaptive")
+    assert all(re.search(rf"─ {re.escape(mode)} ─", report) for mode in modes)
+    assert re.search("chose (no reasoning step|analysis)", report)
+
+
+def test_page_shows_curves_answers_and_routed_tokens(report: str, trained: Path) -> None:
+    page = (trained / "quickstart.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "analysis+guidance+response" in page
+    spans = dict(re.findall(r'<span title="(\w+)" style="background: (#\w+)">', page))
+    assert set(spans) == {"question", "analysis", "guidance", "response"}
+    assert len(set(spans.values())) == 4
+    assert "&lt;|analysis|&gt;" in page
 
 
 def test_training_lowers_the_held_out_loss(trained: Path) -> None:
-    from axolotl_mote.quickstart import read_evaluations
-
-    evaluations = read_evaluations(trained)
-    assert evaluations[0]["step"] == 0
-    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    found = evaluations(read_history(trained))
+    assert found[0]["step"] == 0
+    assert found[-1]["eval_loss"] < found[0]["eval_loss"]
 
 
 def test_report_without_a_run_says_what_to_do(tmp_path: Path) -> None:

@@ -1,0 +1,9 @@
+"""Clients: what answers a call.
+
+The modules, each importing only those before it:
+
+    calls     Call and Completion, the ways a call can fail, the budget
+    cooldown  how long a replica cools down: what its headers ask for, or longer with every failure
+    local     a transformers model in this process
+    server    any OpenAI-compatible server
+"""

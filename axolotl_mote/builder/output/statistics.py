@@ -1,0 +1,185 @@
+"""Numbers that describe a chain data set: the paper's Table 2, lengths, chain forms, verdicts, rejections.
+
+Rows in, plain data out; ``tables`` and ``report`` show it.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from axolotl_mote.builder.output.selfbleu import self_bleu, tokenize
+from axolotl_mote.chain.steps import DEFAULT_STEPS, chain_form
+from axolotl_mote.files import RowFault, list_faults, read_jsonl
+
+WHOLE = "chain"
+SAMPLE = 10_000
+BINS = 24
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """One row of Table 2 and the lengths behind it.
+
+    Attributes:
+        count, share: Chains with this step, and their share of all chains (0 to 1).
+        self_bleu: 0 to 100, lower is more diverse; None for fewer than two texts.
+        words_mean, words_median, words_p95, words_max: Lengths in words and punctuation marks.
+        histogram: (first length, last length, number of texts) of each bin.
+    """
+
+    count: int
+    share: float
+    self_bleu: float | None
+    words_mean: float
+    words_median: float
+    words_p95: int
+    words_max: int
+    histogram: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of a chain data set.
+
+    Attributes:
+        chains: Number of chains.
+        refused: Rows whose question generation refused; all other numbers leave them out.
+        sampled: Chains drawn for Self-BLEU; None if it uses all.
+        steps: Numbers of every step and of the whole chain.
+        forms, checks, turns, rejected: Counts of chain forms, verdicts, user turns and reasons of rejection.
+    """
+
+    chains: int
+    refused: int
+    sampled: int | None
+    steps: dict[str, StepNumbers]
+    forms: dict[str, int]
+    checks: dict[str, int]
+    turns: dict[str, int]
+    rejected: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+def summarize(
+    rows: Sequence[dict[str, Any]],
+    rejected: Iterable[dict[str, Any]] = (),
+    *,
+    steps: Sequence[str] = DEFAULT_STEPS,
+    sample: int = SAMPLE,
+    seed: int = 0,
+) -> Summary:
+    """Describe chain rows.
+
+    Args:
+        rows: Chain rows.
+        rejected: Rows with a ``reason``.
+        steps: The steps of the chains, in order; the last one is the answer.
+        sample: Self-BLEU of at most this many chains, drawn with ``seed``; 0: all. Self-BLEU grows with the number of
+            chains, so compare sets of one size.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: If there are no chains, or a step is named like the whole.
+    """
+    if WHOLE in steps:
+        raise ValueError(
+            f"steps must not hold {WHOLE!r}, the name of the whole chain; got {list(steps)}. Rename the step."
+        )
+    chains = [row for row in rows if not _is_refused(row, steps)]
+    if not chains:
+        raise ValueError(
+            f"the chain file must hold at least one chain; got {len(rows)} refused rows and no chain. See "
+            "rejected.jsonl or the column error for the reasons."
+        )
+    chosen = set(range(len(chains)))
+    sampled = None
+    if 0 < sample < len(chains):
+        chosen, sampled = set(random.Random(seed).sample(range(len(chains)), sample)), sample
+    numbers = {}
+    for name in (*steps, WHOLE):
+        parts = steps if name == WHOLE else (name,)
+        texts = {i: tokenize(text) for i, row in enumerate(chains) if (text := _text(row, parts))}
+        bleu = self_bleu([words for i, words in texts.items() if i in chosen])
+        numbers[name] = _numbers([len(words) for words in texts.values()], len(chains), bleu)
+    return Summary(
+        chains=len(chains),
+        refused=len(rows) - len(chains),
+        sampled=sampled,
+        steps=numbers,
+        forms=_counter(chain_form(step for step in steps if row.get(step)) for row in chains),
+        checks=_counter(str(row.get("check") or "none") for row in chains),
+        turns=_counter(str(sum(m.get("role") == "user" for m in row.get("messages") or [])) for row in chains),
+        rejected=_counter(str(row.get("reason")) for row in rejected),
+    )
+
+
+def read_chains(path: Path, steps: Sequence[str] = DEFAULT_STEPS) -> list[dict[str, Any]]:
+    """Rows of a chain file, of ``axolotl mote build`` or ``generate``.
+
+    Raises:
+        ValueError: If a line is no JSON object, a step is no text, or an answer is missing although generation neither
+            refused the question nor left it unfinished; all such rows at once, with their numbers.
+    """
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    for number, row in read_jsonl(path):
+        if isinstance(row, RowFault):
+            faults.append(f"row {number}: {row}")
+            continue
+        rows.append(row)
+        unanswered = _is_refused(row, steps) or row.get("finished") is False
+        for step in steps:
+            missing = row.get(step) is None and (unanswered or step != steps[-1])
+            if not missing and not isinstance(row.get(step), str):
+                faults.append(f"row {number}: {step} is {type(row.get(step)).__name__}, not text")
+    if faults:
+        raise ValueError(
+            f"{path} must hold chains of {', '.join(steps)}; got {len(faults)} faults. Correct them, or name the steps "
+            f"of these chains with --steps.\n{list_faults(faults)}"
+        )
+    return rows
+
+
+def _is_refused(row: dict[str, Any], steps: Sequence[str]) -> bool:
+    """Whether generation refused the question. With an answer, ``error`` is a column of the question's own source."""
+    return row.get("error") is not None and not row.get(steps[-1])
+
+
+def _text(row: dict[str, Any], steps: Sequence[str]) -> str:
+    return "\n".join(row[step] for step in steps if row.get(step))
+
+
+def _numbers(lengths: list[int], total: int, bleu: float | None) -> StepNumbers:
+    if not lengths:
+        return StepNumbers(0, 0.0, None, 0.0, 0.0, 0, 0, [])
+    ordered = sorted(lengths)
+    return StepNumbers(
+        count=len(lengths),
+        share=len(lengths) / total,
+        self_bleu=bleu,
+        words_mean=statistics.fmean(lengths),
+        words_median=statistics.median(ordered),
+        words_p95=ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+        words_max=ordered[-1],
+        histogram=_histogram(ordered),
+    )
+
+
+def _histogram(ordered: list[int]) -> list[tuple[int, int, int]]:
+    """At most BINS bins of one width, from 0 to the largest length."""
+    width = ordered[-1] // BINS + 1
+    counts = Counter(length // width for length in ordered)
+    return [(b * width, (b + 1) * width - 1, counts[b]) for b in range(ordered[-1] // width + 1)]
+
+
+def _counter(values: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,106 @@
+"""Rows of question sources: JSONL, JSON, CSV and Parquet files, and Hugging Face data sets."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import random
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from heapq import nsmallest
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from axolotl_mote.builder.settings import QuestionSource
+from axolotl_mote.files import RowFault, list_faults, read_jsonl
+
+Row = tuple[int, dict[str, Any]]
+"""Number of a row, from 1, and its columns."""
+
+
+def read_rows(source: QuestionSource, seed: int = 0) -> Iterable[Row]:
+    """The rows of a source, in order.
+
+    Args:
+        source: ``limit`` takes rows from the top; ``sample`` draws from those.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: If the file is missing or holds something other than rows; all such lines of a JSONL file at once.
+    """
+    path = Path(source.path)
+    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if kind not in _READERS:
+        rows = _read_dataset(source)
+    elif path.is_file():
+        rows = _READERS[kind](path)
+    else:
+        raise ValueError(f"questions.path must be an existing file; got {path}. Correct the path.")
+    rows = islice(rows, source.limit)
+    if source.sample is None:
+        return rows
+    draw = random.Random(seed)  # one number per row, whatever the size of the sample
+    return sorted(nsmallest(source.sample, rows, key=lambda _: draw.random()), key=lambda row: row[0])
+
+
+@contextmanager
+def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file as bytes and decompress it if it ends in .gz."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file  # type: ignore[misc]  # GzipFile is no IO in typeshed
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} must be a whole gzip file; got: {error}. Download it again.") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    faults = []
+    for number, row in read_jsonl(path, _open_bytes):
+        if isinstance(row, RowFault):
+            faults.append(f"row {number}: {row}")
+        else:
+            yield number, row
+    if faults:
+        raise ValueError(f"{path} must hold one JSON object per line; got {len(faults)} faults.\n{list_faults(faults)}")
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    with _open_bytes(path) as file:
+        content = file.read()
+    try:
+        rows = json.loads(content)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must hold a JSON list of objects; got: {error}. Use .jsonl for one object per line."
+        ) from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(
+            f"{path} must hold a JSON list of objects; got something else. Use .jsonl for one object per line."
+        )
+    yield from enumerate(rows, start=1)
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    with _open_bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as lines:
+        yield from enumerate(csv.DictReader(lines), start=1)
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        yield from enumerate((row for batch in file.iter_batches() for row in batch.to_pylist()), start=1)
+
+
+def _read_dataset(source: QuestionSource) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    where = {"data_dir": source.data_dir, "split": source.split, "revision": source.revision}
+    yield from enumerate(map(dict, load_dataset(source.path, source.name, **where)), start=1)
+
+
+_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

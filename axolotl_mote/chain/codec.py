@@ -1,0 +1,249 @@
+"""`ChainCodec`: dialogues and chains to token ids, and back. The safety boundary for foreign text.
+
+The text trained on is the chat template of `messages` with the generation prompt, then each present step as marker,
+text, end marker, then the template's end-of-turn token. User and step texts can never produce a marker or any other
+special token, in training and at inference alike. Needs a tokenizer; knows no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from axolotl_mote.chain.parsing import ChainParser, MustClose
+from axolotl_mote.chain.result import Chain
+from axolotl_mote.chain.steps import CHECK, IGNORE_INDEX, end_marker, markers, start_marker, validate_steps
+from axolotl_mote.chain.vocabulary import StepVocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant")
+
+# Private-use characters that stand for a guarded string while the template is rendered: OPEN, its number, CLOSE.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_STAND_IN = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_START = re.compile(r"<\|([a-z][a-z0-9_]*)\|>\Z")
+
+
+class ChainCodec:
+    """Encodes questions and chains, and parses generated chains.
+
+    What depends on the tokenizer alone (guard pattern, marker ids, end of turn) is computed once, on first use.
+
+    Args:
+        tokenizer: A tokenizer with a chat template; for everything about chains it must know the markers.
+        steps: Step names in order; empty for a model that knows no steps, whose dialogues are encoded all the same.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, steps: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.steps = tuple(steps)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> ChainCodec:
+        """The codec of a tokenizer that knows markers; the steps are read from them, in the order of their ids.
+
+        Raises:
+            ValueError: If it knows none.
+        """
+        decoder = tokenizer.added_tokens_decoder
+        added = [str(token) for _, token in sorted(decoder.items())]
+        names = [m.group(1) for text in added if (m := _START.match(text)) and end_marker(m.group(1)) in added]
+        if not names:
+            raise ValueError(
+                "model must carry a MoTE adapter, or the tokenizer must hold step markers such as <|response|>; found "
+                "neither. Load the adapter with load_mote, or use the tokenizer saved with it."
+            )
+        return cls(tokenizer, validate_steps(names))
+
+    # --- what depends on the tokenizer alone ------------------------------------------------------------------------
+
+    @cached_property
+    def vocabulary(self) -> StepVocabulary:
+        """The steps and the ids of their markers.
+
+        Raises:
+            ValueError: If the tokenizer splits a marker or does not know it as a special token.
+        """
+        ids = []
+        for marker in markers(self.steps):
+            encoded = self.tokenizer(marker, add_special_tokens=False)["input_ids"]
+            known = self.tokenizer.added_tokens_decoder.get(encoded[-1]) if encoded else None
+            if len(encoded) != 1 or known is None or not known.special:
+                raise ValueError(
+                    f"The tokenizer must know {marker!r} as one special token; got {encoded}. Add the plugin "
+                    "axolotl_mote.MotePlugin, or the markers to special_tokens.additional_special_tokens."
+                )
+            ids.append(int(encoded[0]))
+        return StepVocabulary.from_marker_ids(self.steps, ids)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Every id that may not stand inside a step: markers, end of turn, padding and all other special tokens."""
+        added = {
+            token
+            for token, content in self.tokenizer.added_tokens_decoder.items()
+            if getattr(content, "special", False)
+        }
+        return frozenset(added) | frozenset(self.tokenizer.all_special_ids) | frozenset(self.vocabulary.kinds)
+
+    @cached_property
+    def end_of_turn(self) -> tuple[int, ...]:
+        """What the chat template puts after an assistant's text, up to and including the first special token."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _OPEN}]
+        rendered: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        ids: list[int] = self.tokenizer(rendered.split(_OPEN)[-1], add_special_tokens=False)["input_ids"]
+        special = set(self.tokenizer.all_special_ids)
+        special |= {token for token, content in self.tokenizer.added_tokens_decoder.items() if content.special}
+        for position, token in enumerate(ids):
+            if token in special:
+                return tuple(ids[: position + 1])
+        return (self.tokenizer.eos_token_id,)
+
+    @property
+    def stop_id(self) -> int:
+        """The token that ends a turn: the last of ``end_of_turn``.
+
+        Some templates put ordinary text, a space or a line break, between the answer and it.
+        """
+        end = self.end_of_turn[-1]
+        return int(end if end is not None else 0)
+
+    @property
+    def pad_id(self) -> int:
+        """Padding; masked, so any id will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.stop_id)
+
+    def marker_words(self) -> list[list[int]]:
+        """Ids of words that describe each marker, from whose mean its row starts; in the order of the markers."""
+        verbs = ("begin", "end")
+        return [self.encode_text(f"{verb} {step.replace('_', ' ')}") for step in self.steps for verb in verbs]
+
+    @cached_property
+    def _guarded(self) -> re.Pattern[str]:
+        """Everything that must not be recognized inside a text: markers, special tokens, and our own stand-in."""
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special |= set(markers(self.steps)) | set(self.tokenizer.all_special_tokens)
+        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        return re.compile("|".join([*map(re.escape, longest_first), _OPEN]))
+
+    def _normalized(self, text: str) -> str:
+        """Text as the tokenizer sees it when it looks for special tokens."""
+        normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        return text if normalizer is None else str(normalizer.normalize_str(text))
+
+    # --- encoding ---------------------------------------------------------------------------------------------------
+
+    def encode_text(self, text: str) -> list[int]:
+        """Encode text as ordinary text: no special token is recognized in it and none is added."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return ids
+
+    def encode_question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Encode a dialogue with its generation prompt; what looks like a special token in a message stays text.
+
+        Args:
+            messages: The dialogue, ending in a user turn.
+
+        Returns:
+            Token ids, as ``apply_chat_template`` gives them for messages without special strings.
+
+        Raises:
+            ValueError: If a role is unknown (templates print roles as they are), or the chat template refuses a turn.
+        """
+        for message in messages:
+            if message["role"] not in ROLES:
+                raise ValueError(f"role must be one of {ROLES}; got {message['role']!r}. Rename it.")
+        hostile: list[str] = []
+
+        def stand_in(match: re.Match[str]) -> str:
+            hostile.append(match.group())
+            return f"{_OPEN}{len(hostile) - 1}{_CLOSE}"
+
+        def guard(text: str) -> str:
+            # A normalizer may turn a look-alike into a special token: such a text is encoded as text from end to end.
+            pieces = self._guarded.split(text)
+            looks_alike = any(self._guarded.search(self._normalized(piece)) for piece in pieces)
+            return re.sub("(?s).+", stand_in, text) if looks_alike else self._guarded.sub(stand_in, text)
+
+        # The template never sees what the stand-ins replace; each is then encoded as ordinary text. A special token
+        # would split the text at the same places, so all other text is encoded as usual.
+        # Further fields of a turn are left out: some templates print them.
+        safe = [{"role": message["role"], "content": guard(message["content"])} for message in messages]
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"messages must suit the chat template; it says: {error} Change the turns.") from error
+        ids: list[int] = []
+        for position, piece in enumerate(_STAND_IN.split(rendered)):
+            if position % 2:
+                ids += self.encode_text(hostile[int(piece)])
+            elif piece:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def encode_chain(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
+        """Encode one valid chain row.
+
+        Args:
+            row: A row with `messages` and a column per step; absent, null and blank steps are left out.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels` (-100 on the question), lists of equal length.
+        """
+        ids_of = dict(zip(markers(self.steps), self.vocabulary.marker_ids, strict=True))
+        question = self.encode_question(row["messages"])
+        chain: list[int] = []
+        for step in self.steps:
+            text = row.get(step)
+            if text is not None and text.strip():
+                chain += [ids_of[start_marker(step)], *self.encode_text(text.strip()), ids_of[end_marker(step)]]
+        chain += self.end_of_turn
+        input_ids = question + chain
+        return {
+            "input_ids": input_ids,
+            "attention_mask": [1] * len(input_ids),
+            "labels": [IGNORE_INDEX] * len(question) + chain,
+        }
+
+    # --- parsing ----------------------------------------------------------------------------------------------------
+
+    def parse(self, ids: Iterable[int], *, must_close: MustClose | None = None, expect_check: bool = False) -> Chain:
+        """Read a chain off generated token ids.
+
+        Args:
+            ids: Tokens after the question. Parsing stops at end of turn or padding, and where the template's end of
+                turn begins after the answer.
+            must_close: Tells whether a step was closed by force; see ``parsing.MustClose``.
+            expect_check: Whether the chain is only finished with its check step.
+
+        Returns:
+            The chain. An invalid one is returned as far as it can be read, with ``valid`` and ``finished`` False.
+        """
+        vocabulary = self.vocabulary
+        parser = ChainParser(vocabulary, frozenset({self.stop_id, self.pad_id}), self.end_of_turn[0], must_close)
+        for token in ids:
+            if not parser.read(int(token)):
+                break
+        parser.end()
+        texts = {name: self.tokenizer.decode(text, skip_special_tokens=False) for name, text in parser.texts.items()}
+        answer = vocabulary.answer
+        wanted = {answer, CHECK} if expect_check else {answer}
+        valid = parser.valid and answer in texts
+        return Chain(
+            texts=texts,
+            token_counts={name: len(text) for name, text in parser.texts.items()},
+            answer_step=answer,
+            finished=valid and wanted <= set(texts) and answer not in parser.truncated and bool(texts[answer].strip()),
+            truncated=tuple(parser.truncated),
+            valid=valid,
+            vocabulary=vocabulary,
+            token_ids=tuple(parser.ids),
+            spent=len(parser.ids),
+        )

@@ -1,0 +1,100 @@
+"""Checks of chain rows: every fault of a data set at once, each with its row, field and remedy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from axolotl_mote.chain.codec import ROLES
+from axolotl_mote.chain.steps import CHECK, answer_step
+from axolotl_mote.files import RowFault, list_faults
+
+
+class ChainDataError(ValueError):
+    """Rows of a chain data set that cannot be trained on; the message lists them with row, field and remedy."""
+
+
+def check_row(row: Any, steps: Sequence[str]) -> list[str]:
+    """Faults of one row as "field must ...; got ... . Remedy." strings; an empty list means it can be trained on."""
+    if not isinstance(row, Mapping):
+        return [f"the row must be an object; got {type(row).__name__}. Write one JSON object per line."]
+    faults = check_messages(row.get("messages"))
+    answer = answer_step(steps)
+    for step in steps:
+        text = row.get(step)
+        if text is not None and not isinstance(text, str):
+            faults.append(f"{step} must be a string or null; got {type(text).__name__}. Quote it or set null.")
+        elif step == CHECK and text not in (None, "safe", "unsafe"):
+            faults.append(f"check must be 'safe', 'unsafe' or null; got {text!r}. Correct or clear it.")
+        elif fault := _unicode_fault(text):
+            faults.append(f"{step} {fault}")
+        elif step == answer and not (text or "").strip():
+            faults.append(f"{answer} must be a non-empty string; got {text!r}. Write the answer or drop the row.")
+    reasoning = list(steps[: steps.index(answer)])
+    present = [isinstance(row.get(step), str) and bool(row[step].strip()) for step in reasoning]
+    for earlier, later in zip(range(len(reasoning)), range(1, len(reasoning)), strict=False):
+        if present[later] and not present[earlier]:
+            faults.append(
+                f"{reasoning[later]} must follow {reasoning[earlier]}; got it alone. Write the earlier step, clear the "
+                f"later one, or leave {reasoning[earlier]} out of mote.steps."
+            )
+    return faults
+
+
+def _unicode_fault(text: Any) -> str | None:
+    """JSON can spell halves of characters that no tokenizer and no table can hold."""
+    half = re.search("[\ud800-\udfff]", text) if isinstance(text, str) else None
+    if half is None:
+        return None
+    return f"must be valid Unicode; got an unpaired surrogate at character {half.start()}. Correct the text."
+
+
+def check_messages(messages: Any) -> list[str]:
+    """Faults of a dialogue that ends with a question, as "field must ...; got ... . Remedy." strings."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        return [f"messages must be a non-empty list of turns; got {messages!r}. Write [{{role, content}}, ...]."]
+    faults = []
+    for number, turn in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(turn, Mapping):
+            faults.append(f"{where} must be an object with role and content; got {type(turn).__name__}. Correct it.")
+            continue
+        if turn.get("role") not in ROLES:
+            faults.append(f"{where}.role must be one of {ROLES}; got {turn.get('role')!r}. Rename it.")
+        if not isinstance(turn.get("content"), str) or not turn["content"].strip():
+            faults.append(f"{where}.content must be a non-empty string; got {turn.get('content')!r}. Write the text.")
+        elif fault := _unicode_fault(turn["content"]):
+            faults.append(f"{where}.content {fault}")
+    last = messages[-1]
+    if isinstance(last, Mapping) and last.get("role") in ("system", "assistant"):
+        faults.append(
+            f"messages must end with a user turn; got {last['role']!r} last. Move the last answer to the step columns."
+        )
+    return faults
+
+
+def check_rows(rows: Iterable[tuple[int, Any]], steps: Sequence[str], where: str) -> None:
+    """Check all rows and report every fault at once.
+
+    Args:
+        rows: Pairs of row number (from 1) and row, or the fault of a line that holds none.
+        steps: The steps to train.
+        where: The data set's name, for the message.
+
+    Raises:
+        ChainDataError: If any row has a fault; the message names row, field and remedy.
+    """
+    faults: list[str] = []
+    first_seen: dict[str, int] = {}
+    for number, row in rows:
+        if isinstance(row, RowFault):
+            faults.append(f"row {number}: {row}")
+            continue
+        faults += [f"row {number}: {fault}" for fault in check_row(row, steps)]
+        row_id = row.get("id") if isinstance(row, Mapping) else None
+        if row_id is not None and first_seen.setdefault(str(row_id), number) != number:
+            first = first_seen[str(row_id)]
+            faults.append(f"row {number}: id must be unique; got {row_id!r} again, first at row {first}. Drop one.")
+    if faults:
+        raise ChainDataError(f"{where} holds {len(faults)} faults; nothing was trained.\n{list_faults(faults)}")

@@ -1,0 +1,111 @@
+"""The loss: weighted cross-entropy whose items are counted by step.
+
+Pure tensors in, pure tensors out. The logits of a whole batch are never held: the head runs on chunks of tokens, and
+each chunk is computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from axolotl_mote.chain.steps import IGNORE_INDEX
+
+_CHUNK_ELEMENTS = 2**27  # logits per chunk: half a GiB in float32, 1,024 tokens of a 128k vocabulary
+
+
+def shift(tokens: Tensor, fill: int) -> Tensor:
+    """Move the targets under the tokens that predict them: column t gets column t + 1, the last one ``fill``."""
+    return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], fill)], dim=1)
+
+
+def token_weights(targets: Tensor, target_steps: Tensor, step_weights: Sequence[float]) -> Tensor:
+    """Weight of every predicted token: that of its step, 0 where the target is ignored.
+
+    Args:
+        targets: Shifted labels, shape (B, T); -100 is ignored.
+        target_steps: Shifted step ids, shape (B, T).
+        step_weights: Weight by step id, S + 1 of them.
+
+    Returns:
+        Weights, shape (B, T), float32.
+    """
+    weights = torch.zeros(targets.shape, device=targets.device)
+    for step, weight in enumerate(step_weights):
+        weights = torch.where(target_steps == step, weight, weights)
+    return weights * (targets != IGNORE_INDEX)
+
+
+class Targets(NamedTuple):
+    """What every token predicts; each field has shape (B, T).
+
+    Attributes:
+        ids: Shifted labels; -100 is ignored.
+        steps: Steps of the predicted tokens.
+        weights: Loss weights of the predicted tokens, float32, 0 where ignored.
+    """
+
+    ids: Tensor
+    steps: Tensor
+    weights: Tensor
+
+
+def build_targets(labels: Tensor, step_ids: Tensor, step_weights: Sequence[float]) -> Targets:
+    """Shift labels and steps under the tokens that predict them, and weight them.
+
+    Args:
+        labels: Labels, shape (B, T); -100 is ignored.
+        step_ids: Step of each token, shape (B, T).
+        step_weights: Weight by step id, S + 1 of them.
+    """
+    ids, steps = shift(labels, IGNORE_INDEX), shift(step_ids, 0)
+    return Targets(ids, steps, token_weights(ids, steps, step_weights))
+
+
+def chunk_size(vocab_size: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(256, _CHUNK_ELEMENTS // vocab_size)
+
+
+def token_losses(
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, chunked: bool = True
+) -> Tensor:
+    """Negative log-likelihood of every target, float32, in chunks of tokens.
+
+    Args:
+        hidden: Last hidden states, shape (B, T, D), or logits with ``head`` the identity.
+        targets: Shifted labels, shape (B, T); -100 gives 0.
+        head: (N, D) -> logits (N, V).
+        vocab_size: V, for the chunk size.
+        chunked: Hold the logits of at most ``chunk_size`` tokens; False calls the head once, on all tokens.
+
+    Returns:
+        Losses, shape (B, T), float32.
+    """
+    flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
+    chunk = chunk_size(vocab_size)
+
+    def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+
+    if not chunked or flat.shape[0] <= chunk:
+        losses = chunk_loss(flat, flat_targets)
+    else:
+        losses = torch.cat(
+            [
+                checkpoint(chunk_loss, *part, use_reentrant=False)
+                for part in zip(torch.split(flat, chunk), torch.split(flat_targets, chunk), strict=True)
+            ]
+        )
+    return losses.view_as(targets)
+
+
+def step_sums(values: Tensor, steps: Tensor, num_steps: int) -> Tensor:
+    """Sum values by step id, (B, T) -> (S + 1,), in the dtype of the values, without waiting for the device."""
+    sums = torch.zeros(num_steps + 1, dtype=values.dtype, device=values.device)
+    return sums.scatter_add_(0, steps.flatten(), values.flatten())

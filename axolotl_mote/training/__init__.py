@@ -1,0 +1,12 @@
+"""Training with axolotl. The only room that imports axolotl, accelerate or DeepSpeed.
+
+The modules, each importing only those before it:
+
+    compat       every patch and private name of axolotl, accelerate and DeepSpeed
+    args         the `mote:` block, and the keys that do not work with it
+    base_model   the base model: quantization, attention, compilation
+    dataset      `type: axolotl_mote.chain`: files checked, rows encoded
+    trainer      the loss by step, its item count and its metrics
+    card         the model card in the adapter's folder
+    plugin       MotePlugin: the hooks, wiring only
+"""

@@ -1,0 +1,238 @@
+"""Schema of the `mote:` block, and the keys of axolotl that do not work with it.
+
+Unsupported keys raise an error when the configuration is validated, before a model is loaded. The message names the
+key, its value and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from axolotl_mote.chain.steps import DEFAULT_STEPS, answer_step, validate_steps
+
+CHAIN_TYPE = "axolotl_mote.chain"
+
+
+class MoteOptions(BaseModel):
+    """The `mote:` block of an axolotl configuration. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: list[str] = Field(
+        default=list(DEFAULT_STEPS),
+        description="Steps of the chain in order, each a column of the data set and an expert. The last one is the "
+        "answer; `check` may follow it.",
+    )
+    expert_weight: float = Field(
+        default=0.5, ge=0.0, le=1.0, description="Weight of the step's expert; the shared expert gets the rest."
+    )
+    question_routing: Literal["random", "mean", "shared"] = Field(
+        default="random",
+        description="Experts that question tokens are routed to while training: one drawn per document, the mean of "
+        "all, or only the shared one. Evaluation and inference use the mean instead of a draw.",
+    )
+    step_dropout: float | dict[str, float] = Field(
+        default=0.3,
+        description="Probability of dropping a step while training: later steps do not see it. One value, or one per "
+        "step. The answer and what follows it are never dropped.",
+    )
+    compile: Literal["auto", "layers", "off"] = Field(
+        default="auto",
+        description="Compile every decoder layer on its own: `auto` does so on CUDA and if `torch_compile` is set.",
+    )
+    step_loss_weights: dict[str, float] = Field(
+        default_factory=dict, description="Weight of each step's tokens in the loss; 1.0 where absent."
+    )
+
+    @field_validator("steps")
+    @classmethod
+    def _check_steps(cls, steps: list[str]) -> list[str]:
+        return list(validate_steps(steps))
+
+    @model_validator(mode="after")
+    def _check_per_step_values(self) -> MoteOptions:
+        for step in self.step_loss_weights:
+            if step not in self.steps:
+                raise ValueError(f"mote.step_loss_weights must name steps of {self.steps}; got {step!r}. Rename it.")
+        for step, weight in self.step_loss_weights.items():
+            if not 0.0 <= weight < float("inf"):
+                raise ValueError(f"mote.step_loss_weights must be 0 or more; got {weight} at {step!r}. Raise it.")
+        if isinstance(self.step_dropout, dict):
+            for step in self.step_dropout:
+                if step not in self.droppable_steps:
+                    raise ValueError(
+                        f"mote.step_dropout must name steps before the answer, {self.droppable_steps}; got {step!r}. "
+                        "Remove it."
+                    )
+        for probability in self.dropout_probabilities:
+            if not 0.0 <= probability <= 1.0:
+                raise ValueError(f"mote.step_dropout must lie in [0, 1]; got {probability}. Use e.g. 0.3.")
+        return self
+
+    @property
+    def droppable_steps(self) -> list[str]:
+        """The steps before the answer."""
+        return self.steps[: self.steps.index(answer_step(self.steps))]
+
+    @property
+    def dropout_probabilities(self) -> tuple[float, ...]:
+        """Probability of dropping each droppable step, in order."""
+        if isinstance(self.step_dropout, dict):
+            return tuple(self.step_dropout.get(step, 0.0) for step in self.droppable_steps)
+        return (self.step_dropout,) * len(self.droppable_steps)
+
+    @property
+    def loss_weights(self) -> list[float]:
+        """Loss weight by step id; index 0 is the end-of-turn token, whose weight is always 1."""
+        return [1.0] + [self.step_loss_weights.get(step, 1.0) for step in self.steps]
+
+
+# Each of these keys maps to the reason and what to do; docs/generate.py turns them into a table.
+KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(KERNELS, "The fused kernels bypass the gate. Remove it; mote.compile compiles the layers instead."),
+    "merge_lora": "Step-routed experts have no single merged weight. Use `axolotl mote export` instead of merge-lora.",
+    "merge_method": "Step-routed experts have no single merged weight. Use `axolotl mote export`.",
+    "relora": "Experts are never merged while training. Remove it.",
+    "peft_use_dora": "DoRA's magnitude would be shared by all experts. Remove it.",
+    "peft_use_rslora": "The scaling is lora_alpha / lora_r. Remove it and raise lora_alpha.",
+    "peft_layer_replication": "Replicated layers cannot be routed. Remove it.",
+    "lora_rank_pattern": "All experts of all layers have rank lora_r. Remove it.",
+    "lora_alpha_pattern": "All experts of all layers share lora_alpha. Remove it.",
+    "lora_target_parameters": "Only linear layers carry experts. Use lora_target_linear: true.",
+    "lora_modules_to_save": "The marker rows are trained on their own; whole modules are never saved. Remove it.",
+    "lora_fan_in_fan_out": "Only linear layers carry experts. Remove it.",
+    "peft_trainable_token_indices": "The marker rows are trained on their own. Remove it.",
+    "shrink_embeddings": "Marker ids may lie beyond the table. Remove it.",
+    "fsdp": "FSDP is not supported. Use deepspeed.",
+    "fsdp_config": "FSDP is not supported. Use deepspeed.",
+    "rl": "Only supervised fine-tuning is supported. Remove it.",
+    "reward_model": "Only supervised fine-tuning is supported. Remove it.",
+    "unfrozen_parameters": "Only the adapter is trained. Remove it.",
+    "gptq": "Use a full-precision, 8-bit or 4-bit (bitsandbytes) base.",
+    "tokenizer_use_mistral_common": "Marker tokens cannot be added to it. Remove it.",
+    "layer_offloading": "Untested with step routing. Use DeepSpeed ZeRO-3 with offload.",
+    "use_kernels": "Hub kernels may replace the routed layers. Remove it.",
+    "use_pose": "Gaps in the positions mark documents here. Remove it.",
+    "tiled_mlp": "The gate covers the whole sequence, not a tile of it. Remove it.",
+}
+# These concern the data and the loss, so they hold for a plain LoRA baseline too.
+REFUSED_WITH_CHAINS: dict[str, str] = {
+    "streaming": "Chains are checked before anything is trained. Remove it.",
+    "pretraining_dataset": "Chains are checked before anything is trained. Use datasets.",
+    "train_on_inputs": "The loss is on the steps, never on the question. Remove it.",
+    "use_eaft": "It would replace the loss of the steps. Remove it.",
+    "chat_template_kwargs": "Questions are encoded without them, at inference too. Write them into the template.",
+}
+REFUSED_ABOVE_ONE = (
+    "context_parallel_size",
+    "tensor_parallel_size",
+    "expert_parallel_size",
+    "sequence_parallel_degree",
+)
+
+
+class MoteArgs(BaseModel):
+    """What the plugin adds to axolotl's schema: the `mote:` block, and the checks of `adapter: mote`."""
+
+    mote: MoteOptions | None = Field(default=None, description="Mixture of insighTful Experts; see axolotl_mote.")
+    debug: bool | None = Field(
+        default=None, description="Set by `axolotl preprocess --debug`: print the first chains, colored by step."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_other_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("adapter") == "mote":
+            check_config(data)
+        elif isinstance(data, dict):
+            check_baseline(data)
+        return data
+
+
+def read_options(cfg: Any) -> MoteOptions:
+    """The `mote:` block of a validated configuration, with its defaults."""
+    block = cfg.get("mote") or {}
+    if isinstance(block, MoteOptions):
+        return block
+    return MoteOptions(**(block.to_dict() if hasattr(block, "to_dict") else dict(block)))
+
+
+def check_baseline(cfg: dict[str, Any]) -> None:
+    """Check that another adapter ignores no option of `mote:`; steps and loss weights work with every adapter.
+
+    Raises:
+        ValueError: For the first such option.
+    """
+    if any(entry.get("type") == CHAIN_TYPE for entry in cfg.get("datasets") or [] if isinstance(entry, dict)):
+        _check_data_options(cfg)
+    for key in ("expert_weight", "question_routing", "step_dropout", "compile"):
+        if key in (cfg.get("mote") or {}):
+            raise ValueError(
+                f"mote.{key} must not be set with adapter: {cfg.get('adapter')}, which would ignore it; got "
+                f"{cfg['mote'][key]!r}. Remove it, or set adapter: mote."
+            )
+
+
+def _check_data_options(cfg: dict[str, Any]) -> None:
+    for key, remedy in REFUSED_WITH_CHAINS.items():
+        if cfg.get(key):
+            raise ValueError(f"{key} must not be set with chain data; got {cfg[key]!r}. {remedy}")
+    if cfg.get("excess_length_strategy") not in (None, "drop"):
+        raise ValueError(
+            f"excess_length_strategy must be drop with chain data; got {cfg['excess_length_strategy']!r}. Chains are "
+            "never cut. Remove it."
+        )
+
+
+def check_config(cfg: dict[str, Any]) -> None:
+    """Check that a configuration has no key that `adapter: mote` does not support.
+
+    Args:
+        cfg: The raw configuration.
+
+    Raises:
+        ValueError: For the first such key.
+    """
+    for key, remedy in REFUSED.items():
+        if cfg.get(key):
+            raise ValueError(f"{key} must not be set with adapter: mote; got {cfg[key]!r}. {remedy}")
+    _check_data_options(cfg)
+    for key in REFUSED_ABOVE_ONE:
+        if (cfg.get(key) or 1) > 1:
+            raise ValueError(
+                f"{key} must be 1 with adapter: mote; got {cfg[key]}. Split sequences and layers cannot be "
+                "routed. Use DeepSpeed ZeRO-3 to fit larger models."
+            )
+    if cfg.get("peft_init_lora_weights") not in (None, True, False, "gaussian"):
+        raise ValueError(
+            f"peft_init_lora_weights must be true, false or gaussian with adapter: mote; got "
+            f"{cfg['peft_init_lora_weights']!r}. Remove it."
+        )
+    if (cfg.get("peft") or {}).get("loftq_config"):
+        raise ValueError(
+            f"peft.loftq_config must not be set with adapter: mote; got {cfg['peft']['loftq_config']!r}. Remove it; "
+            "QLoRA needs load_in_4bit only."
+        )
+    if not cfg.get("lora_r"):
+        raise ValueError("lora_r must be set with adapter: mote; got none. Use the paper's 16, the rank of one expert.")
+    if not cfg.get("lora_target_linear") and not cfg.get("lora_target_modules"):
+        raise ValueError(
+            "lora_target_linear or lora_target_modules must be set with adapter: mote; got neither. "
+            "Use the paper's lora_target_linear: true."
+        )
+    targets = cfg.get("lora_target_modules") or []
+    for name in [targets] if isinstance(targets, str) else targets:
+        if str(name).split(".")[-1] in ("lm_head", "embed_tokens"):
+            raise ValueError(
+                f"lora_target_modules must name linear layers of the decoder with adapter: mote; got {name!r}, which "
+                "carries the marker rows. Remove it."
+            )
+    if cfg.get("inference") and not cfg.get("lora_model_dir"):
+        raise ValueError(
+            "lora_model_dir must name a trained adapter for inference with adapter: mote; got none. The experts would "
+            "be untrained. Pass --lora-model-dir."
+        )

@@ -1,0 +1,85 @@
+"""The base model: what axolotl does for adapters that it knows by name, done for `adapter: mote`.
+
+Quantization, the attention implementation, compilation; no hooks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
+
+
+def quantize_through_model_kwargs(cfg: dict[str, Any]) -> None:
+    """Have transformers load a base in 4 or 8 bits; axolotl asks it to for adapters that it knows by name only."""
+    if not (cfg.get("load_in_4bit") or cfg.get("load_in_8bit")):
+        return
+    if cfg.get("load_in_4bit"):
+        from transformers.utils import is_torch_bf16_gpu_available
+
+        bf16 = cfg.get("bf16", "auto")
+        bf16 = is_torch_bf16_gpu_available() if bf16 == "auto" else bf16
+        quantization = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_quant_storage": "bfloat16",  # ZeRO-3 can only split floating point
+            "bnb_4bit_compute_dtype": "bfloat16" if bf16 else "float16" if cfg.get("fp16") else "float32",
+            **(cfg.get("bnb_config_kwargs") or {}),
+        }
+    else:
+        quantization = {"load_in_8bit": True}
+    quantization["quant_method"] = "bitsandbytes"
+    cfg["model_kwargs"] = {**(cfg.get("model_kwargs") or {}), "quantization_config": quantization}
+
+
+def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
+    """Check the loaded base and choose its attention implementation.
+
+    Raises:
+        ValueError: If the base is not quantized as configured, lies on several devices, or would ignore step dropout.
+        NotImplementedError: If a layer would ignore step dropout.
+    """
+    import torch
+
+    from axolotl_mote.model.attention import DENSE, prepare_attention
+    from axolotl_mote.model.compat import attention_implementation
+
+    key = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit" if cfg.load_in_8bit else None
+    if key and getattr(model, "quantization_method", None) is None:
+        raise ValueError(f"{key} must quantize the base model; got one in {model.dtype}. Remove the key.")
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        raise ValueError(
+            "The model must lie on one device per process with adapter: mote; got it spread over several by axolotl. "
+            "Launch with `--launcher torchrun` (one process per GPU), or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    if any(step_dropout):
+        if cfg.attn_implementation == "fp8":
+            raise ValueError(
+                "attn_implementation must not be fp8 with mote.step_dropout; its kernel would ignore dropped steps. "
+                "Use flex_attention, or set mote.step_dropout: 0."
+            )
+        if torch.cuda.is_available() and attention_implementation(model.config) in DENSE and _takes_flex(model):
+            # A dense mask costs about half a training step more on a GPU; flex_attention costs nothing.
+            LOG.info("mote.step_dropout: %s -> flex_attention", attention_implementation(model.config))
+            model.set_attn_implementation("flex_attention")
+        prepare_attention(model)
+        LOG.info("mote.step_dropout: through %s", attention_implementation(model.config))
+    return model
+
+
+def _takes_flex(model: Any) -> bool:
+    """Whether a model runs on flex_attention, which has no attention dropout."""
+    text = model.config.get_text_config()
+    return bool(getattr(model, "_supports_flex_attn", True)) and not getattr(text, "attention_dropout", 0)
+
+
+def compile_layers(model: Any, cfg: Any) -> None:
+    """Compile each decoder layer on its own: the layers share one compilation, and routing stays outside."""
+    backend = cfg.torch_compile_backend or "inductor"
+    options = dict(cfg.torch_compile_options or {}) or None
+    for layer in model.get_base_model().get_decoder().layers:
+        layer.compile(backend=backend, mode=cfg.torch_compile_mode, options=options)
+    LOG.info("mote.compile: each decoder layer on its own, through %s", backend)

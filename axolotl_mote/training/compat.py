@@ -1,0 +1,157 @@
+"""Every patch of axolotl, accelerate and DeepSpeed, and every private name of theirs that training uses.
+
+Each entry names what it works around and where that stands upstream. tests/training/test_training_compat.py fails when
+an upstream name or signature changes. Tested with axolotl 0.19.0 and 0.21.0, accelerate 1.13.0 and 1.15.0, DeepSpeed
+0.18.9.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+# --- axolotl: loading -----------------------------------------------------------------------------------------------
+
+
+def block_embedding_resize(model: nn.Module) -> None:
+    """Keep axolotl from resizing the embeddings for the marker tokens; ``allow_embedding_resize`` undoes it.
+
+    Works around: axolotl resizes whenever ``num_embeddings`` is less than the tokenizer's length and has no option
+    against it. To torch the field is only metadata.
+    Upstream: axolotl/loaders/model.py, ``ModelLoader._resize_token_embeddings``.
+    """
+    model.get_input_embeddings().num_embeddings = 2**31  # type: ignore[operator]
+
+
+def allow_embedding_resize(model: nn.Module) -> None:
+    """Restore the true number of embeddings, also where DeepSpeed ZeRO-3 has partitioned the table."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding.num_embeddings = getattr(embedding.weight, "ds_shape", embedding.weight.shape)[0]
+
+
+def find_linear_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers that ``lora_target_linear: true`` means.
+
+    Works around: axolotl resolves the option for adapters that it knows by name only.
+    Upstream: axolotl/loaders/adapter.py.
+    """
+    from axolotl.loaders.adapter import find_all_linear_names
+
+    names: list[str] = find_all_linear_names(model)
+    return names
+
+
+def find_embedding_layers(cfg: Any) -> list[str]:
+    """Names of the layers that hold a row per token: the input embedding, and the LM head unless it is tied to it.
+
+    Works around: PEFT trains token rows of layers that are named; only axolotl has a table of names by model type.
+    Upstream: axolotl/loaders/utils.py.
+    """
+    from axolotl.loaders.utils import get_linear_embedding_layers, load_model_config
+
+    config = load_model_config(cfg)
+    names: list[str] = get_linear_embedding_layers(config.model_type)
+    return names[:1] if getattr(config, "tie_word_embeddings", False) else names
+
+
+def uses_zero3() -> bool:
+    """Whether DeepSpeed ZeRO-3 partitions the parameters, or will once training starts.
+
+    Works around: the engine does not exist while the model is loaded. axolotl tells accelerate through this variable.
+    Upstream: axolotl/utils/trainer.py, ``setup_deepspeed_env``.
+    """
+    return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+# --- transformers' trainer, as axolotl builds on it -----------------------------------------------------------------
+
+
+class OwnLoss:
+    """Mixin for a trainer that computes its own loss: the base class runs the model and leaves the loss alone.
+
+    Works around: the item count and the scaling of the loss differ between versions. axolotl 0.19 averages over
+    micro-batches, axolotl 0.21 counts labels, and both divide by the accumulation steps unless a loss function is set.
+    Upstream: transformers/trainer.py, ``Trainer.compute_loss``, ``training_step``, ``_get_num_items_in_batch``;
+    axolotl/core/trainers/base.py, ``AxolotlTrainer._get_num_items_in_batch``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.compute_loss_func = _no_loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
+        """Count nothing: training counts in ``get_batch_samples``, and evaluation counts each batch alone.
+
+        Ranks may evaluate different numbers of batches, so a count over ranks would leave some waiting.
+        """
+
+    def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """What axolotl does to a batch before the forward, the forward, and its output."""
+        return super().compute_loss(model, inputs, return_outputs=True)[1]  # type: ignore[misc]
+
+
+def _no_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    return labels.new_zeros(())
+
+
+# --- processes without an accelerator -------------------------------------------------------------------------------
+
+_patched: list[tuple[type, str, Any]] = []
+
+
+def _patch(owner: type, name: str, replacement: Any) -> None:
+    _patched.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, replacement)
+
+
+def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
+    """Let several processes on a machine without an accelerator train together, over gloo.
+
+    Only such runs are patched; ``undo_patches`` reverts it. Works around, in turn:
+
+    * accelerate leaves the back end empty there and then assumes a single process.
+      Upstream: accelerate/state.py, ``PartialState._prepare_backend``.
+    * axolotl places the model of every process on the accelerator of its local rank.
+      Upstream: axolotl/loaders/model.py, ``ModelLoader._set_device_map_config``.
+    * gloo copies through views of the output, which autograd forbids while ZeRO-1 and 2 gather parameters.
+      Upstream: deepspeed/comm/torch.py, ``TorchBackend.all_gather_into_tensor``.
+    """
+    import torch
+    from accelerate.state import DistributedType, PartialState
+
+    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2 or _patched:
+        return
+    from axolotl.loaders.model import ModelLoader
+
+    prepare, place = PartialState._prepare_backend, ModelLoader._set_device_map_config
+
+    def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> Any:
+        backend, distributed_type = prepare(self, *args, **kwargs)
+        # Without the type the processes would connect but no gradient be averaged.
+        return (backend, distributed_type) if backend else ("gloo", DistributedType.MULTI_CPU)
+
+    def set_device_map_config(self: Any) -> None:
+        place(self)
+        if "device_map" in self.model_kwargs:
+            self.model_kwargs["device_map"] = {"": "cpu"}
+
+    _patch(PartialState, "_prepare_backend", prepare_backend)
+    _patch(ModelLoader, "_set_device_map_config", set_device_map_config)
+    if deepspeed:
+        from deepspeed.comm.torch import TorchBackend
+
+        gather = TorchBackend.all_gather_into_tensor
+
+        def all_gather_into_tensor(self: Any, output_tensor: Any, input_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            return gather(self, output_tensor.detach(), input_tensor.detach(), *args, **kwargs)
+
+        _patch(TorchBackend, "all_gather_into_tensor", all_gather_into_tensor)
+
+
+def undo_patches() -> None:
+    """Put everything back that ``enable_gloo_for_cpu_processes`` has replaced."""
+    while _patched:
+        owner, name, original = _patched.pop()
+        setattr(owner, name, original)

@@ -1,0 +1,211 @@
+"""The axolotl plugin: hooks, wiring only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+
+from axolotl_mote.chain.codec import ChainCodec
+from axolotl_mote.chain.steps import markers
+from axolotl_mote.training.args import CHAIN_TYPE, MoteOptions, check_config, read_options
+from axolotl_mote.training.base_model import compile_layers, prepare_base, quantize_through_model_kwargs
+from axolotl_mote.training.compat import (
+    allow_embedding_resize,
+    block_embedding_resize,
+    enable_gloo_for_cpu_processes,
+    find_embedding_layers,
+    find_linear_layers,
+    undo_patches,
+    uses_zero3,
+)
+
+
+class MotePlugin(BasePlugin):
+    """Registers `adapter: mote`, the loss of chain data sets, and the marker tokens.
+
+    Every hook reads the configuration it is given and changes nothing in a run that uses neither `adapter: mote` nor
+    chain data. The plugin keeps no state between hooks: axolotl reuses one instance for several configurations.
+    """
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Check what validation would accept, and have axolotl add the marker tokens to the tokenizer."""
+        if not _concerns(cfg):
+            return
+        options = MoteOptions(**(cfg.get("mote") or {}))
+        if cfg.get("adapter") == "mote":
+            check_config(cfg)
+            quantize_through_model_kwargs(cfg)
+            if cfg.get("torch_compile") and options.compile != "off":
+                # Compiling layer by layer is as fast, starts sooner and never compiles the routing.
+                cfg["torch_compile"] = False
+                cfg["mote"] = {**(cfg.get("mote") or {}), "compile": "layers"}
+        special = dict(cfg.get("special_tokens") or {})
+        extra = list(special.get("additional_special_tokens") or [])
+        special["additional_special_tokens"] = extra + [text for text in markers(options.steps) if text not in extra]
+        cfg["special_tokens"] = special
+        if cfg.get("inference"):
+            cfg.setdefault("chat_template", "tokenizer_default")  # without one axolotl feeds the text as typed
+        if cfg.get("dataset_prepared_path") and _chain_files(cfg):
+            # axolotl identifies a prepared data set by file names and would reuse it for new content.
+            cfg["dataset_prepared_path"] = str(Path(cfg["dataset_prepared_path"]) / _digest_of_chains(cfg))
+        enable_gloo_for_cpu_processes(bool(cfg.get("deepspeed")))
+
+    def on_config_validation_error(self, cfg: dict[str, Any]) -> None:
+        """Leave nothing of a rejected configuration behind for the next one in this process."""
+        undo_patches()
+
+    def get_input_args(self) -> str:
+        """Name of the schema that the plugin adds to axolotl's."""
+        return "axolotl_mote.training.args.MoteArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        """Register `adapter: mote`."""
+        return [AdapterCapabilities(name="mote", lora_like=True, relora=False)]
+
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Check local chain files before axolotl reads them, so that faults name their rows."""
+        from axolotl_mote.training.dataset import check_file
+
+        for path in _chain_files(cfg):
+            if path.suffix in (".json", ".jsonl"):
+                check_file(path, read_options(cfg).steps)
+
+    def get_lora_config_kwargs(self, cfg: Any) -> dict[str, Any]:
+        """For the plain LoRA baseline: have PEFT train the rows of the marker tokens."""
+        if not _concerns(cfg) or cfg.adapter == "mote":
+            return {}
+        ids = _codec(cfg).vocabulary.marker_ids
+        return {"trainable_token_indices": dict.fromkeys(find_embedding_layers(cfg), ids)}
+
+    def post_model_build(self, cfg: Any, model: Any) -> None:
+        """Keep axolotl from resizing the embeddings: the rows of the markers are in the adapter."""
+        if cfg.adapter == "mote":
+            block_embedding_resize(model)
+
+    def load_adapter(
+        self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[Any, Any] | None:
+        """Add a fresh adapter, or load the one that `lora_model_dir` names."""
+        if cfg.adapter != "mote":
+            return None
+        import torch
+        from peft import PeftModel
+
+        from axolotl_mote.model.adapter import add_mote_adapter
+        from axolotl_mote.model.config import MoteConfig
+
+        options, codec = read_options(cfg), _codec(cfg)
+        if model is not None:
+            allow_embedding_resize(model)
+            model = prepare_base(model, cfg, options.dropout_probabilities)
+        targets = cfg.lora_target_modules or []
+        if cfg.lora_target_linear and model is not None:
+            targets = sorted({*([targets] if isinstance(targets, str) else targets), *find_linear_layers(model)})
+        config = MoteConfig(
+            r=cfg.lora_r,
+            lora_alpha=cfg.lora_alpha or cfg.lora_r,
+            lora_dropout=cfg.lora_dropout or 0.0,
+            target_modules=targets,
+            layers_to_transform=cfg.peft_layers_to_transform,
+            layers_pattern=cfg.peft_layers_pattern,
+            init_lora_weights=True if cfg.peft_init_lora_weights is None else cfg.peft_init_lora_weights,
+            task_type="CAUSAL_LM",
+            steps=options.steps,
+            marker_ids=codec.vocabulary.marker_ids,
+            expert_weight=options.expert_weight,
+            question_routing=options.question_routing,
+        )
+        if config_only:
+            return None, config
+        kwargs = {}
+        if cfg.peft_autocast_adapter_dtype is not None:
+            kwargs["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+        if cfg.lora_model_dir:
+            serving = bool(inference or cfg.inference)
+            model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not serving, **kwargs)
+            config = check_trained_config(model.peft_config["default"], config, cfg.lora_model_dir)
+        else:
+            # Loading the base model draws random numbers, and not equally many under ZeRO-3. Without a seed the fresh
+            # experts would depend on how the run is launched.
+            torch.manual_seed(cfg.seed or 0)
+            model = add_mote_adapter(model, config, codec.marker_words(), **kwargs)
+        routing = model.base_model.routing
+        routing.seed = cfg.seed or 0
+        routing.step_dropout = options.dropout_probabilities
+        model.base_model.chunked_loss = not uses_zero3()
+        model.print_trainable_parameters()
+        return model, config
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        """Compile the decoder layers, if configured or on CUDA."""
+        if cfg.adapter != "mote" or cfg.inference:
+            return
+        wanted = read_options(cfg).compile
+        # ZeRO-3 hooks into every layer after this, which is untested with compiled layers: `auto` leaves them alone.
+        if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda" and not uses_zero3()):
+            compile_layers(model, cfg)
+
+    def get_trainer_cls(self, cfg: Any) -> type | None:
+        """The trainer with MoTE's loss, for `adapter: mote` and for chain data under another adapter."""
+        if not _concerns(cfg):
+            return None
+        from axolotl_mote.training.trainer import MoteTrainer
+
+        attributes = {"vocabulary": _codec(cfg).vocabulary, "loss_weights": read_options(cfg).loss_weights}
+        return type("MoteTrainer", (MoteTrainer,), attributes)
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Write the model card over axolotl's own, which it writes between the two calls of this hook."""
+        folder = Path(cfg.output_dir)
+        if cfg.adapter != "mote" or os.environ.get("RANK", "0") != "0" or not (folder / "adapter_config.json").exists():
+            return
+        from axolotl_mote.model.config import MoteConfig
+        from axolotl_mote.training.card import write_card
+
+        write_card(folder, cfg, MoteConfig.from_pretrained(folder), read_options(cfg))
+
+
+def _concerns(cfg: Any) -> bool:
+    """Whether a configuration uses MoTE or chain data."""
+    entries = [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]
+    return cfg.get("adapter") == "mote" or any(entry.get("type") == CHAIN_TYPE for entry in entries)
+
+
+def _codec(cfg: Any) -> ChainCodec:
+    """The codec of a run: its tokenizer with the markers, and its steps."""
+    from axolotl.loaders import load_tokenizer
+
+    return ChainCodec(load_tokenizer(cfg), read_options(cfg).steps)
+
+
+def _chain_files(cfg: Any) -> list[Path]:
+    """Local files of chains that a configuration names."""
+    entries = [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]
+    paths = [Path(str(entry.get("path"))) for entry in entries if entry.get("type") == CHAIN_TYPE]
+    return [path for path in paths if path.is_file()]
+
+
+def _digest_of_chains(cfg: Any) -> str:
+    digest = hashlib.sha256()
+    for path in _chain_files(cfg):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def check_trained_config(trained: Any, config: Any, folder: str) -> Any:
+    """The configuration of a loaded adapter, once the YAML agrees with it: other values would be ignored."""
+    names = ("steps", "marker_ids", "r", "lora_alpha", "expert_weight", "question_routing")
+    for name in names:
+        theirs, ours = getattr(trained, name), getattr(config, name)
+        if theirs != ours:
+            key = {"r": "lora_r", "lora_alpha": "lora_alpha", "marker_ids": "tokenizer"}.get(name, f"mote.{name}")
+            raise ValueError(
+                f"{key} must be that of the adapter in {folder}, {theirs}; got {ours}. "
+                "Copy it from its adapter_config.json; the tokenizer is set with tokenizer_config: its folder."
+            )
+    return trained

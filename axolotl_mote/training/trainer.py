@@ -1,0 +1,146 @@
+"""The trainer: per-step weighted cross-entropy with its own item count, and metrics by step.
+
+The loss of an optimizer step is sum(weight * nll) / sum(weight) over the whole accumulation window and all ranks. Works
+for `adapter: mote` and, as a baseline, for any other adapter on the same chains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from torch import Tensor, nn
+
+from axolotl_mote.chain.steps import IGNORE_INDEX
+from axolotl_mote.chain.vocabulary import StepVocabulary
+from axolotl_mote.model.adapter import mote_model
+from axolotl_mote.model.loss import Targets, build_targets, step_sums, token_losses
+from axolotl_mote.model.routing import step_ids_from_tokens
+from axolotl_mote.training.compat import OwnLoss
+
+Batch = dict[str, Any]
+
+
+class MoteTrainer(OwnLoss, AxolotlTrainer):
+    """axolotl's trainer with MoTE's loss and metrics.
+
+    The plugin sets the attributes below on a subclass: axolotl creates the trainer, so no argument can carry them.
+
+    Attributes:
+        vocabulary: Steps and marker ids.
+        loss_weights: Loss weight by step id, S + 1 of them.
+    """
+
+    vocabulary: StepVocabulary
+    loss_weights: Sequence[float]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._mote = mote_model(self.model)
+        self._sums: dict[str, Tensor] = {}
+
+    # --- loss -------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """Collect the batches of one optimizer step.
+
+        Returns:
+            The batches, with their ``step_ids``, and the total weight of their tokens over all ranks, a scalar tensor.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            batch["step_ids"] = self._step_ids(batch)
+            total += self._targets(batch).weights.sum().to(device)
+        return batches, self.accelerator.reduce(total, reduction="sum")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Weighted loss of one micro-batch, scaled so that the mean over ranks is the optimizer step's loss.
+
+        Args:
+            model: The model, as wrapped for training.
+            inputs: The micro-batch; training has its ``step_ids``, evaluation computes them here.
+            return_outputs: Return the model's output too.
+            num_items_in_batch: Total weight over the window and all ranks; None in evaluation, where a micro-batch
+                counts alone.
+        """
+        inputs = {**inputs, "step_ids": self._step_ids(inputs)}
+        targets = self._targets(inputs)
+        if self._mote is None:
+            del inputs["step_ids"]
+            outputs = self.run_model(model, inputs)
+            losses = token_losses(outputs.logits, targets.ids, nn.Identity(), outputs.logits.shape[-1])
+        else:
+            self._mote.routing.step = self.state.global_step
+            outputs = self.run_model(model, {**inputs, "targets": targets.ids})
+            losses = outputs.loss
+        self._count("train" if model.training else "eval", losses.detach(), targets)
+        if num_items_in_batch is None:
+            total, ranks = targets.weights.sum(), 1
+        else:
+            total, ranks = num_items_in_batch.to(losses.device), self.accelerator.num_processes
+        # A window without any weight gives a zero that still has a gradient, so that no rank leaves the others waiting.
+        loss = (losses * targets.weights).sum() * ranks / total.clamp(min=torch.finfo(torch.float32).tiny)
+        return (loss, outputs) if return_outputs else loss
+
+    def _step_ids(self, batch: Batch) -> Tensor:
+        """The steps of a batch's tokens, (B, T); computed once per micro-batch."""
+        step_ids: Tensor | None = batch.get("step_ids")
+        if step_ids is None:
+            step_ids = step_ids_from_tokens(batch["input_ids"], self.vocabulary, batch.get("position_ids"))
+        return step_ids
+
+    def _targets(self, batch: Batch) -> Targets:
+        return build_targets(batch["labels"], batch["step_ids"], self.loss_weights)
+
+    # --- metrics ----------------------------------------------------------------------------------------------------
+
+    def _count(self, split: str, losses: Tensor, targets: Targets) -> None:
+        """Add a batch to the sums by step; stays on the device."""
+        counted = (targets.ids != IGNORE_INDEX).to(torch.float32)
+        rows = (losses * counted, counted, losses * targets.weights, targets.weights)
+        sums = torch.stack([step_sums(row, targets.steps, self.vocabulary.num_steps) for row in rows])
+        self._sums[split] = self._sums[split] + sums if split in self._sums else sums
+
+    def _metrics(self, split: str) -> dict[str, float]:
+        """Mean loss and token count by step since the last call, over all ranks."""
+        # A rank without a batch must take part in the sum too.
+        empty = torch.zeros(4, self.vocabulary.num_steps + 1, device=self.args.device)
+        sums = self._sums.pop(split, empty)
+        losses, counts, weighted, weights = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if not sum(counts):
+            return {}
+        metrics = {"weighted": sum(weighted) / sum(weights)} if sum(weights) else {}
+        for number, step in enumerate(self.vocabulary.steps, start=1):
+            if counts[number]:
+                metrics[f"loss/{step}"] = losses[number] / counts[number]
+            metrics[f"tokens/{step}"] = counts[number]
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add `loss/<step>` and `tokens/<step>` to the training logs."""
+        if "loss" in logs:
+            metrics = self._metrics("train")
+            metrics.pop("weighted", None)
+            logs.update(metrics)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Evaluate; `eval_loss` becomes the mean over tokens, however they were batched, and each step gets its own."""
+        self._sums.pop("eval", None)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._metrics("eval")
+        if "weighted" in metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = metrics.pop("weighted")
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output

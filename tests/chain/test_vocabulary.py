@@ -1,0 +1,72 @@
+"""The rule that gives a token its step, and reading a chain off its tokens."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from axolotl_mote.chain.steps import chain_form, markers, parse_form
+from axolotl_mote.chain.vocabulary import StepVocabulary, advance
+
+VOCABULARY = StepVocabulary(("analysis", "guidance", "response"), (10, 12, 14), (11, 13, 15))
+A, END_A, G, END_G, R, END_R = 10, 11, 12, 13, 14, 15
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"),
+    [
+        ([1, A, 2, END_A, 3], [0, 1, 1, 1, 0]),
+        ([A, END_A, G, END_G], [1, 1, 2, 2]),
+        ([A, 2, R, 3], [1, 1, 3, 3]),  # a start without an end keeps its step until another start
+        ([A, 2, 3], [1, 1, 1]),
+        ([END_A, 1], [0, 0]),  # an end without a start is question
+        ([A, END_R, 1, END_A, 1], [1, 1, 1, 1, 0]),  # another step's end closes nothing
+        ([A, A, END_A, END_A], [1, 1, 1, 0]),
+        ([], []),
+    ],
+)
+def test_the_rule(tokens: list[int], steps: list[int]) -> None:
+    assert VOCABULARY.step_ids(tokens) == steps
+
+
+@given(st.lists(st.sampled_from([1, 2, A, END_A, G, END_G, R, END_R]), max_size=30))
+def test_the_rule_equals_its_definition(tokens: list[int]) -> None:
+    """Looked up anew for every token: the last start at or before it, unless its end stands between the two."""
+    for place, step in enumerate(VOCABULARY.step_ids(tokens)):
+        starts = [i for i in range(place + 1) if tokens[i] in VOCABULARY.start_ids]
+        if not starts:
+            assert step == 0
+            continue
+        opened = VOCABULARY.start_ids.index(tokens[starts[-1]]) + 1
+        closed = VOCABULARY.end_ids[opened - 1] in tokens[starts[-1] : place]
+        assert step == (0 if closed else opened)
+
+
+def test_a_document_starts_outside_every_step() -> None:
+    assert advance(0, 0) == (0, 0)
+
+
+def test_marker_ids_come_in_the_order_of_the_markers() -> None:
+    assert StepVocabulary.from_marker_ids(VOCABULARY.steps, VOCABULARY.marker_ids) == VOCABULARY
+    assert VOCABULARY.marker_ids == [A, END_A, G, END_G, R, END_R]
+    kinds = [VOCABULARY.kinds[token] for token in VOCABULARY.marker_ids]
+    assert kinds == [1, -1, 2, -2, 3, -3]
+    assert len(markers(VOCABULARY.steps)) == 6
+
+
+def test_names_of_steps() -> None:
+    checked = StepVocabulary(("plan", "answer", "check"), (1, 3, 5), (2, 4, 6))
+    assert (checked.answer, checked.reasoning, checked.has_check) == ("answer", ("plan",), True)
+    assert (VOCABULARY.answer, VOCABULARY.has_check) == ("response", False)
+    assert checked.step_id("answer") == 2
+    message = "steps must name steps of this adapter, ['plan', 'answer', 'check']; got 'response'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checked.step_id("response")
+
+
+def test_forms_are_written_one_way_and_read_two_ways() -> None:
+    assert chain_form(["analysis", "response"]) == "analysis+response"
+    assert parse_form("analysis+response") == parse_form("analysis, response") == ["analysis", "response"]

@@ -1,0 +1,81 @@
+"""The loss of every token against its definition, and its chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import FAMILIES, chain, mote
+from torch import nn
+
+from axolotl_mote.model import loss as loss_module
+from axolotl_mote.model.loss import build_targets, chunk_size, shift, step_sums, token_losses, token_weights
+
+
+def test_shift_moves_targets_under_their_predictors() -> None:
+    assert shift(torch.tensor([[1, 2, 3]]), -100).tolist() == [[2, 3, -100]]
+
+
+def test_weights_come_from_the_targets_step() -> None:
+    targets = torch.tensor([[5, -100, 7, 8]])
+    weights = token_weights(targets, torch.tensor([[1, 1, 2, 0]]), [1.0, 0.5, 3.0])
+    assert weights.tolist() == [[0.5, 0.0, 3.0, 1.0]]
+
+
+def test_targets_are_labels_steps_and_weights_of_the_next_token() -> None:
+    targets = build_targets(torch.tensor([[-100, 5, 6]]), torch.tensor([[0, 1, 2]]), [1.0, 0.5, 3.0])
+    assert targets.ids.tolist() == [[5, 6, -100]]
+    assert targets.steps.tolist() == [[1, 2, 0]]
+    assert targets.weights.tolist() == [[0.5, 3.0, 0.0]]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_chunks_change_neither_loss_nor_gradient(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if chunked:
+        monkeypatch.setattr(loss_module, "chunk_size", lambda vocab_size: 256)
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 301, 16, requires_grad=True)
+    head = nn.Linear(16, 50)
+    targets = torch.randint(0, 50, (3, 301))
+    targets[:, :100] = -100
+    losses = token_losses(hidden, targets, head, 50)
+    expected = F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten(), reduction="none").view(3, 301)
+    assert torch.allclose(losses, expected, atol=1e-6)
+    gradient = torch.autograd.grad(losses.sum(), [hidden, head.weight])
+    exact = torch.autograd.grad(expected.sum(), [hidden, head.weight])
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradient, exact, strict=True))
+
+
+def test_chunks_shrink_as_the_vocabulary_grows_but_stay_worth_a_call() -> None:
+    assert chunk_size(128_000) == 1048
+    assert chunk_size(10**9) == 256
+
+
+def test_unchunked_the_head_is_called_once_whatever_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "chunk_size", lambda vocab_size: 256)
+    torch.manual_seed(0)
+    head, calls = nn.Linear(16, 50), []
+    head.register_forward_hook(lambda *_: calls.append(1))
+    for length in (2, 301, 700):
+        hidden, targets = torch.randn(1, length, 16), torch.randint(0, 50, (1, length))
+        calls.clear()
+        losses = token_losses(hidden, targets, head, 50, chunked=False)
+        assert len(calls) == 1
+        assert torch.allclose(losses, token_losses(hidden, targets, head, 50), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_losses_equal_those_of_the_models_own_logits(family: str) -> None:
+    """Also for models that do something to their logits, such as Gemma 2's soft-capping."""
+    model = mote(family)
+    ids = torch.tensor([chain(), chain(seed=2)])
+    targets = shift(ids, -100)
+    logits = model(input_ids=ids).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    assert torch.allclose(model(input_ids=ids, targets=targets).loss, expected, atol=1e-5)
+
+
+def test_step_sums() -> None:
+    sums = step_sums(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0, 2, 2]]), 3)
+    assert sums.tolist() == [1.0, 0.0, 6.0, 0.0]

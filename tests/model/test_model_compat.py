@@ -1,0 +1,166 @@
+"""What the model needs from torch, transformers and peft beyond their public names."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft.helpers import disable_input_dtype_casting
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import PeftType
+from tiny_models import FAMILIES, base_model, chain, mote
+from transformers import GenerationMixin, PreTrainedModel
+
+from axolotl_mote.model import compat
+from axolotl_mote.model.adapter import MoteLinear, MoteModel
+from axolotl_mote.model.config import MoteConfig
+
+pytestmark = pytest.mark.smoke  # against every version that is supported
+
+
+def parameters(function: object) -> list[str]:
+    return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+
+# --- peft -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_type_is_registered_as_pefts_own_are() -> None:
+    assert PeftType("MOTE") is PeftType.MOTE
+    assert PeftType.MOTE in list(PeftType)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING["MOTE"] is MoteConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["MOTE"] is MoteModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["MOTE"] == LoraModel.prefix
+    assert "MOTE" not in PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+    compat.register_peft_type("MOTE", MoteConfig, MoteModel)  # a second time changes nothing
+    assert list(PeftType).count("MOTE") == 1
+
+
+@pytest.mark.parametrize(
+    "code", ["from axolotl_mote import step_ids_from_tokens", "import axolotl_mote, peft", "import peft, axolotl_mote"]
+)
+def test_importing_the_package_in_any_order_registers_the_type(code: str, tmp_path: Path) -> None:
+    check = "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as t; assert t['MOTE'].__name__ == 'MoteModel'"
+    done = subprocess.run([sys.executable, "-c", f"{code}; {check}"], cwd=tmp_path, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_peft_still_calls_the_methods_that_the_tuner_overrides() -> None:
+    assert parameters(LoraModel._pre_injection_hook) == ["self", "model", "config", "adapter_name"]
+    assert parameters(LoraModel._post_injection_hook) == ["self", "model", "config", "adapter_name"]
+    assert parameters(LoraModel._check_new_adapter_config) == ["self", "config"]
+    assert parameters(LoraModel._create_new_module)[:3] == ["lora_config", "adapter_name", "target"]
+    assert parameters(LoraLayer.update_layer)[:5] == ["self", "adapter_name", "r", "lora_alpha", "config"]
+    source = inspect.getsource(BaseTunerLayer)
+    for field in ("_active_adapter", "_disable_adapters", "merged_adapters"):
+        assert f"    {field}" in source
+
+
+def test_inputs_are_cast_unless_peft_is_told_not_to() -> None:
+    model = mote()
+    layer = next(module for module in model.modules() if isinstance(module, MoteLinear))
+    x = torch.zeros(1, dtype=torch.bfloat16)
+    assert compat.cast_input(layer, x, torch.float32).dtype == torch.float32
+    with disable_input_dtype_casting(model):
+        assert compat.cast_input(layer, x, torch.float32).dtype == torch.bfloat16
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_call_takes_the_segments() -> None:
+    needed = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "sliding_window", "softcap"}
+    needed |= {"query_length", "is_causal", "dropout", "softmax_scale", "target_dtype", "attn_implementation", "kwargs"}
+    assert needed <= set(parameters(compat.flash_attention_forward))
+    first = ["query_states", "key_states", "value_states", "attention_mask"]
+    assert parameters(compat.flash_attention_forward)[:4] == first
+    assert parameters(compat.get_target_dtype) == ["query", "module"]
+
+
+def test_the_registry_knows_the_functions_that_are_wrapped() -> None:
+    names = set(compat.ALL_ATTENTION_FUNCTIONS.valid_keys())
+    assert {"sdpa", "flex_attention", "flash_attention_2", "mote_varlen"} <= names
+    assert compat.FLASH_ATTN_KERNEL_FALLBACK["flash_attention_2"].startswith("kernels-community/")
+    takes = parameters(compat.ALL_ATTENTION_FUNCTIONS["sdpa"])
+    assert takes[:5] == ["module", "query", "key", "value", "attention_mask"]
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_the_implementation_is_read_where_transformers_sets_it(name: str) -> None:
+    model = base_model("llama", name)
+    assert compat.attention_implementation(model.config) == name
+    model.set_attn_implementation("flex_attention")
+    assert compat.attention_implementation(model.config) == "flex_attention"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_attention_module_is_found(family: str) -> None:
+    layers = base_model(family).get_decoder().layers
+    assert [len(list(compat.find_attention_modules(layer))) for layer in layers] == [1] * len(layers)
+
+
+def test_recurrent_models_say_so() -> None:
+    from transformers import MambaForCausalLM
+
+    assert MambaForCausalLM._is_stateful
+    assert not compat.carries_state(base_model())
+    assert "_is_stateful" in vars(PreTrainedModel)
+
+
+def test_generation_calls_the_methods_that_are_replaced() -> None:
+    assert parameters(GenerationMixin.prepare_inputs_for_generation)[:2] == ["self", "input_ids"]
+    model = base_model()
+    seen = []
+    compat.supply_step_ids(model, lambda ids: seen.append(ids.shape[1]) or torch.zeros_like(ids))
+    forward = model.forward
+    fed = []
+
+    def spy(*args: object, step_ids: torch.Tensor, **kwargs: object) -> object:
+        fed.append(step_ids.shape[1])
+        return forward(*args, **kwargs)
+
+    model.forward = spy
+    ids = torch.tensor([[5, 6, 7]])
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert fed[:2] == [3, 1]  # the whole question, then one token from the cache
+    assert seen[:2] == [3, 4]
+
+
+def test_beam_search_needs_the_wide_vocabulary() -> None:
+    """Without the patch its beams are decoded with the base model's width."""
+    model = mote()
+    ids = torch.tensor([chain()[:5]])
+    sizes = []
+    base = model.get_base_model()
+    prepare = base.prepare_inputs_for_generation
+
+    def spy(*args: object, **kwargs: object) -> object:
+        sizes.append(base.config.vocab_size)
+        return prepare(*args, **kwargs)
+
+    base.prepare_inputs_for_generation = spy
+    before = copy.deepcopy(base.config.vocab_size)
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=2, max_new_tokens=3)
+    assert set(sizes) == {before + 6}
+    assert base.config.vocab_size == before
+
+
+def test_deepspeed_marks_partitioned_parameters() -> None:
+    source = pytest.importorskip("deepspeed.runtime.zero.partition_parameters")
+    assert "param.ds_id = " in inspect.getsource(source)
+    assert "param.ds_shape = " in inspect.getsource(source)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    with compat.gathered(parameter):
+        assert parameter.sum() == 2

@@ -1,0 +1,175 @@
+"""JSON lines, atomic writes and the append-only log: torn files, hostile text, full disks, a second process."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from axolotl_mote.files import (
+    AppendLog,
+    FileInUseError,
+    RowFault,
+    folder_digest,
+    json_line,
+    list_faults,
+    read_all_rows,
+    read_jsonl,
+    write_atomically,
+    write_jsonl,
+)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.characters(exclude_categories=[])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.text(st.characters(exclude_categories=[])), JSON, max_size=4))
+def test_any_row_is_one_line_and_comes_back(row: dict[str, Any]) -> None:
+    """Line separators of every kind and unpaired surrogates included."""
+    line = json_line(row)
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    assert json.loads(line) == row
+
+
+def test_rows_are_numbered_from_one_and_faults_are_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n{oops\n[1]\n{"b": "caf\xe9"}\n' + b"[" * 100_000 + b'\n{"c": "\xe2\x80\xa8"}')
+    found = list(read_jsonl(path))
+    assert [number for number, _ in found] == [1, 3, 4, 5, 6, 7]
+    assert [row for _, row in found if not isinstance(row, RowFault)] == [{"a": 1}, {"c": "\u2028"}]
+    faults = [row for _, row in found if isinstance(row, RowFault)]
+    assert faults[0].startswith("the line must be JSON; got Expecting property name")
+    assert faults[1] == "the line must hold a JSON object; got list. Write one object per line."
+    assert faults[2] == "the line must be UTF-8; got byte 0xe9. Convert the file."
+    assert "JSON" in faults[3]
+    with pytest.raises(ValueError, match=r"rows\.jsonl must hold one JSON object per line; got 4 faults\.\n  row 3: "):
+        read_all_rows(path)
+
+
+def test_a_compressed_file_is_read_through_its_opener(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n{"a": 2}\n'))
+    assert [row for _, row in read_jsonl(path, gzip.open)] == [{"a": 1}, {"a": 2}]
+
+
+def test_a_long_list_of_faults_is_cut_and_counted() -> None:
+    shown = list_faults([str(number) for number in range(60)]).splitlines()
+    assert len(shown) == 51
+    assert shown[-1] == "  and 10 more"
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_every_row_gets_every_column(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}, {"b": "\ud800"}])
+    assert read_all_rows(tmp_path / "rows.jsonl") == [{"a": 1, "b": None}, {"a": None, "b": "?"}]
+
+
+# --- the append-only log --------------------------------------------------------------------------------------------
+
+
+def held(path: Path) -> list[bytes]:
+    with AppendLog(path) as log:
+        return [line for _, line in log.lines()]
+
+
+@pytest.mark.parametrize("whole", [0, 1, 3])
+@pytest.mark.parametrize("torn", [0, 1, 70_000])
+def test_a_torn_last_line_is_cut_off(tmp_path: Path, whole: int, torn: int) -> None:
+    path = tmp_path / "folder" / "log.jsonl"
+    path.parent.mkdir()
+    lines = [json_line({"row": number}) for number in range(whole)]
+    path.write_bytes(b"".join(lines) + b"x" * torn)
+    with AppendLog(path) as log:
+        assert log.torn == bool(torn)
+        assert list(log.lines()) == list(enumerate(lines, start=1))
+        log.append([{"row": "next"}])
+    assert held(path) == [*lines, json_line({"row": "next"})]
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    code = f"from pathlib import Path; from axolotl_mote.files import AppendLog; AppendLog(Path({str(path)!r}))"
+    with AppendLog(path) as log:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert "FileInUseError" in done.stderr
+        assert "log.jsonl must be used by one process at a time" in done.stderr
+        with pytest.raises(FileInUseError):
+            AppendLog(path, clear=True)
+        log.append([{"a": 1}])
+    assert held(path) == [b'{"a": 1}\n']
+    AppendLog(path, clear=True).close()
+    assert held(path) == []
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.jsonl"
+    write = os.write
+
+    def half(fd: int, data: Any) -> int:
+        if len(data) < 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data[: len(data) // 2])
+
+    with AppendLog(path) as log:
+        log.append([{"a": 1}])
+        monkeypatch.setattr(os, "write", half)
+        with pytest.raises(OSError, match="No space left"):
+            log.append([{"text": "x" * 100}])
+        monkeypatch.undo()
+        log.append([{"a": 2}])
+    assert held(path) == [b'{"a": 1}\n', b'{"a": 2}\n']
+
+
+def test_killed_at_any_moment_only_whole_lines_remain(tmp_path: Path) -> None:
+    """kill -9 while lines of 1 MB are written: what `append` has returned for is there."""
+    path = tmp_path / "log.jsonl"
+    code = (
+        f"from pathlib import Path; from axolotl_mote.files import AppendLog\n"
+        f"log = AppendLog(Path({str(path)!r}))\n"
+        "for n in range(10_000):\n    log.append([{'n': n, 'text': 'x' * 1_000_000}]); print(n, flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        acknowledged = [int(process.stdout.readline()) for _ in range(3)]
+        process.kill()
+    rows = [json.loads(line) for line in held(path)]
+    assert [row["n"] for row in rows] == list(range(len(rows)))
+    assert len(rows) >= len(acknowledged)
+
+
+# --- digests --------------------------------------------------------------------------------------------------------
+
+
+def test_another_model_has_another_digest(tmp_path: Path) -> None:
+    big = bytearray(17 * 2**20)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(big)
+    first = folder_digest(tmp_path)
+    assert folder_digest(tmp_path) == first
+    big[0] = 1
+    (tmp_path / "model.safetensors").write_bytes(big)
+    second = folder_digest(tmp_path)
+    (tmp_path / "config.json").write_text("{ }")
+    assert len({first, second, folder_digest(tmp_path)}) == 3

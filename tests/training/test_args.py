@@ -1,0 +1,310 @@
+"""The `mote:` block and what `adapter: mote` refuses, each by its message; foreign configurations are left alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from axolotl_mote.training.args import (
+    KERNELS,
+    REFUSED,
+    REFUSED_ABOVE_ONE,
+    REFUSED_WITH_CHAINS,
+    MoteArgs,
+    MoteOptions,
+    check_config,
+)
+
+STEPS = ["analysis", "guidance", "response"]
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """A configuration that is accepted, with changes."""
+    return {"adapter": "mote", "lora_r": 16, "lora_target_linear": True, **changes}
+
+
+# --- the block ------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_papers() -> None:
+    options = MoteOptions()
+    assert options.steps == STEPS
+    assert (options.expert_weight, options.question_routing, options.step_dropout) == (0.5, "random", 0.3)
+    assert options.droppable_steps == ["analysis", "guidance"]
+    assert options.dropout_probabilities == (0.3, 0.3)
+    assert options.loss_weights == [1.0, 1.0, 1.0, 1.0]
+
+
+def test_values_per_step_are_ordered_as_the_steps_whatever_the_order_of_the_keys() -> None:
+    options = MoteOptions(
+        steps=[*STEPS, "check"],
+        step_dropout={"guidance": 0.2, "analysis": 0.7},
+        step_loss_weights={"check": 0.0, "analysis": 0.5},
+    )
+    assert options.droppable_steps == ["analysis", "guidance"]
+    assert options.dropout_probabilities == (0.7, 0.2)
+    assert options.loss_weights == [1.0, 0.5, 1.0, 1.0, 0.0]
+    assert MoteOptions(step_dropout={"guidance": 0.2}).dropout_probabilities == (0.0, 0.2)
+
+
+def test_a_single_step_has_nothing_to_drop() -> None:
+    assert MoteOptions(steps=["response"]).dropout_probabilities == ()
+    assert MoteOptions(steps=["response", "check"]).dropout_probabilities == ()
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_bounds_are_inside(value: float) -> None:
+    options = MoteOptions(expert_weight=value, step_dropout=value)
+    assert options.expert_weight == value
+    assert options.dropout_probabilities == (value, value)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"step_dropuot": 0.1}, r"step_dropuot\s+Extra inputs are not permitted"),
+        ({"expert_weight": 1.01}, r"expert_weight\s+Input should be less than or equal to 1"),
+        ({"expert_weight": -0.01}, r"expert_weight\s+Input should be greater than or equal to 0"),
+        ({"question_routing": "any"}, r"question_routing\s+Input should be 'random', 'mean' or 'shared'"),
+        ({"step_dropout": 1.5}, r"mote\.step_dropout must lie in \[0, 1\]; got 1\.5\. Use e\.g\. 0\.3\."),
+        ({"step_dropout": -0.1}, r"mote\.step_dropout must lie in \[0, 1\]; got -0\.1"),
+        ({"step_dropout": {"guidance": 2.0}}, r"mote\.step_dropout must lie in \[0, 1\]; got 2\.0"),
+        (
+            {"step_dropout": {"response": 0.1}},
+            r"mote\.step_dropout must name steps before the answer, \['analysis', 'guidance'\]; got 'response'\. R",
+        ),
+        ({"step_dropout": {"anlysis": 0.1}}, r"mote\.step_dropout must name steps .* got 'anlysis'\. Remove it\."),
+        ({"step_loss_weights": {"check": 1.0}}, r"mote\.step_loss_weights must name steps of .*; got 'check'\. Rename"),
+        (
+            {"step_loss_weights": {"analysis": -1.0}},
+            r"mote\.step_loss_weights must be 0 or more; got -1\.0 at 'analysis'\. Raise it\.",
+        ),
+        ({"steps": []}, r"mote\.steps must hold at least the answer step; got \[\]\. Add 'response'\."),
+        ({"steps": ["check"]}, r"mote\.steps must hold at least the answer step; got \['check'\]"),
+        ({"steps": ["a", "a"]}, r"mote\.steps must not repeat a name; got \['a', 'a'\]\. Remove the duplicate\."),
+        ({"steps": ["check", "response"]}, r"mote\.steps must hold 'check' only after the answer; got .* Move it"),
+        ({"steps": ["question", "response"]}, r"mote\.steps must not hold 'question'; .* Rename the step\."),
+        ({"steps": ["Analysis"]}, r"mote\.steps must hold lower-case names .*; got 'Analysis'\. Rename the step\."),
+        ({"steps": ["a|>"]}, r"mote\.steps must hold lower-case names .*; got 'a\|>'\. Rename the step\."),
+        ({"steps": ["a\n"]}, r"mote\.steps must hold lower-case names .*; got 'a\\n'"),
+    ],
+)
+def test_a_bad_block_is_refused(block: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        MoteOptions(**block)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["expert_weight", "step_dropout"])
+def test_a_value_that_is_no_number_is_refused(key: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=key):
+        MoteOptions(**{key: value})
+    with pytest.raises(ValidationError, match="step_loss_weights must be 0 or more"):
+        MoteOptions(step_loss_weights={"analysis": value})
+
+
+# --- unsupported keys ----------------------------------------------------------------------------------------------
+
+
+def test_a_good_configuration_passes() -> None:
+    check_config(config())
+    check_config(config(lora_target_linear=None, lora_target_modules=["q_proj"]))
+    check_config(config(peft_init_lora_weights="gaussian", **dict.fromkeys(KERNELS, False)))
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_an_unsupported_key_is_refused_with_what_to_do(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{key} must not be set with adapter: mote; got True\. \w.*\.$") as error:
+        check_config(config(**{key: True}))
+    assert REFUSED[key] in str(error.value)
+    check_config(config(**{key: False}))
+    check_config(config(**{key: None}))
+
+
+@pytest.mark.parametrize("adapter", ["mote", "lora"])
+@pytest.mark.parametrize(("key", "value"), [*dict.fromkeys(REFUSED_WITH_CHAINS, True).items(), ("x", "cut")])
+def test_chain_data_is_refused_with_what_would_change_it(key: str, value: Any, adapter: str) -> None:
+    key, value = ("excess_length_strategy", "truncate") if key == "x" else (key, value)
+    with pytest.raises(ValidationError, match=rf"{key} must .* with chain data; got"):
+        MoteArgs.model_validate(config(adapter=adapter, datasets=[CHAINS], **{key: value}))
+    MoteArgs.model_validate(config(adapter="lora", datasets=[TEXT], **{key: value}))
+
+
+@pytest.mark.parametrize("targets", ["lm_head", ["q_proj", "lm_head"], ["model.embed_tokens"]])
+def test_the_ends_of_the_model_carry_no_experts(targets: Any) -> None:
+    with pytest.raises(ValueError, match="lora_target_modules must name linear layers of the decoder"):
+        check_config(config(lora_target_modules=targets))
+    check_config(config(lora_target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("key", REFUSED_ABOVE_ONE)
+def test_a_split_sequence_or_layer_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{key} must be 1 with adapter: mote; got 2\. .*Use DeepSpeed ZeRO-3"):
+        check_config(config(**{key: 2}))
+    check_config(config(**{key: 1}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"peft_init_lora_weights": "pissa"},
+            r"^peft_init_lora_weights must be true, false or gaussian .* got 'pissa'",
+        ),
+        (
+            {"peft": {"loftq_config": {"loftq_bits": 4}}},
+            r"^peft\.loftq_config must not be set with adapter: mote; got .*Rem",
+        ),
+        ({"lora_r": None}, r"^lora_r must be set with adapter: mote; got none\. Use the paper's 16"),
+        (
+            {"lora_target_linear": False},
+            r"^lora_target_linear or lora_target_modules must be set with adapter: mote; g",
+        ),
+        ({"inference": True}, r"^lora_model_dir must name a trained adapter for inference .* Pass --lora-model-dir\.$"),
+    ],
+)
+def test_other_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_config(config(**changes))
+
+
+def test_inference_with_an_adapter_folder_passes() -> None:
+    check_config(config(inference=True, lora_model_dir="out"))
+
+
+def test_other_adapters_may_use_all_of_it() -> None:
+    MoteArgs.model_validate(
+        {"adapter": "lora", "lora_mlp_kernel": True, "peft_use_dora": True, "fsdp_config": {"a": 1}}
+    )
+    with pytest.raises(ValidationError, match="lora_mlp_kernel must not be set with adapter: mote"):
+        MoteArgs.model_validate(config(lora_mlp_kernel=True))
+
+
+# --- through axolotl ------------------------------------------------------------------------------------------------
+
+CPU = {"bf16": False, "fp8": False, "tf32": False, "n_gpu": 0, "compute_capability": None}
+TEXT = {"path": "alpaca.jsonl", "type": "alpaca"}
+CHAINS = {"path": "chains.jsonl", "type": "axolotl_mote.chain"}
+
+
+def validated(raw: dict[str, Any]) -> Any:
+    """Register the plugin and validate, as every axolotl command does."""
+    pytest.importorskip("axolotl")
+    from axolotl.utils.config import prepare_plugins, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    cfg = DictDefault(
+        {
+            "base_model": "any",
+            "plugins": ["axolotl_mote.MotePlugin"],
+            "sequence_len": 64,
+            "micro_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "bf16": False,
+            "fp16": False,
+            "tf32": False,
+            **raw,
+        }
+    )
+    prepare_plugins(cfg)
+    return validate_config(cfg, capabilities=CPU, env_capabilities={"torch_version": "2.13.0"})
+
+
+def test_axolotl_accepts_the_block_and_adds_the_markers() -> None:
+    cfg = validated(config(datasets=[CHAINS], mote={"steps": ["plan", "answer"]}))
+    assert list(cfg.mote.steps) == ["plan", "answer"]
+    assert cfg.special_tokens.additional_special_tokens == ["<|plan|>", "<|/plan|>", "<|answer|>", "<|/answer|>"]
+
+
+def test_the_users_special_tokens_are_kept() -> None:
+    special = {"pad_token": "<pad>", "additional_special_tokens": ["<mine>", "<|response|>"]}
+    cfg = validated(config(datasets=[CHAINS], mote={"steps": ["response"]}, special_tokens=special))
+    assert cfg.special_tokens.pad_token == "<pad>"
+    assert cfg.special_tokens.additional_special_tokens == ["<mine>", "<|response|>", "<|/response|>"]
+
+
+def test_prepared_chains_are_known_by_their_content(tmp_path: Any) -> None:
+    chains = tmp_path / "chains.jsonl"
+
+    def prepared(content: str) -> str:
+        chains.write_text(content)
+        raw = config(datasets=[{**CHAINS, "path": str(chains)}], dataset_prepared_path="prepared")
+        return str(validated(raw).dataset_prepared_path)
+
+    assert prepared("a").startswith("prepared/")
+    assert prepared("a") == prepared("a") != prepared("b")
+    assert validated(config(datasets=[CHAINS])).dataset_prepared_path is None
+
+
+def test_inference_gets_a_chat_template() -> None:
+    assert validated(config(datasets=[CHAINS], inference=True, lora_model_dir="x")).chat_template == "tokenizer_default"
+    assert validated(config(datasets=[CHAINS])).chat_template is None
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "expert_weight", "question_routing", "steps", "marker_ids"])
+def test_a_loaded_adapter_must_be_what_the_yaml_says(name: str) -> None:
+    from dataclasses import replace
+
+    from axolotl_mote.model.config import MoteConfig
+    from axolotl_mote.training.plugin import check_trained_config
+
+    config = MoteConfig(r=4, lora_alpha=8, steps=["a", "b"], marker_ids=[1, 2, 3, 4])
+    assert check_trained_config(config, replace(config), "out") is config
+    other = {"question_routing": "shared", "steps": ["a", "c"], "marker_ids": [1, 2, 3, 5]}.get(name, 0.25)
+    with pytest.raises(ValueError, match="must be that of the adapter in out"):
+        check_trained_config(config, replace(config, **{name: other}), "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mote": {"expert_wieght": 0.5}}, r"expert_wieght\s+Extra inputs are not permitted"),
+        ({"mote": {"step_dropout": 3}}, r"mote\.step_dropout must lie in \[0, 1\]"),
+        ({"lora_qkv_kernel": True}, "lora_qkv_kernel must not be set with adapter: mote"),
+        ({"peft_use_dora": True}, "peft_use_dora must not be set with adapter: mote"),
+    ],
+)
+def test_axolotl_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validated(config(datasets=[CHAINS], **changes))
+
+
+def test_a_foreign_configuration_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    from accelerate.state import PartialState
+    from torch import nn
+
+    from axolotl_mote.training.plugin import MotePlugin
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("not JSON\n")
+    prepare = PartialState._prepare_backend
+    raw = {"adapter": "lora", "lora_r": 8, "datasets": [{"path": str(broken), "type": "alpaca"}]}
+    before = copy.deepcopy(raw)
+    plugin = MotePlugin()
+    plugin.register(raw)
+    assert raw == before
+    assert PartialState._prepare_backend is prepare
+
+    cfg = validated({"adapter": "lora", "lora_r": 8, "lora_target_linear": True, "datasets": [TEXT]})
+    assert cfg.special_tokens is None
+    model = nn.Module()
+    model.get_input_embeddings = lambda: nn.Embedding(4, 2)  # type: ignore[assignment]
+    plugin.load_datasets(cfg)
+    plugin.post_model_build(cfg, model)
+    assert plugin.get_lora_config_kwargs(cfg) == {}
+    assert plugin.load_adapter(model, cfg) is None
+    assert plugin.get_trainer_cls(cfg) is None
+
+
+def test_a_full_fine_tune_is_left_alone() -> None:
+    from axolotl_mote.training.plugin import MotePlugin
+
+    plugin = MotePlugin()
+    cfg = validated({"datasets": [TEXT]})
+    assert plugin.get_trainer_cls(cfg) is None
+    assert plugin.get_lora_config_kwargs(cfg) == {}

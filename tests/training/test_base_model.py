@@ -1,0 +1,55 @@
+"""Checks of the loaded base model, and what is passed on to torch.compile."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from axolotl.utils.dict import DictDefault
+from tiny_models import base_model
+
+from axolotl_mote.training.base_model import compile_layers, prepare_base
+
+
+def test_a_plain_base_is_taken() -> None:
+    model = base_model("llama")
+    model.hf_device_map = {"": "cpu"}
+    assert prepare_base(model, DictDefault({}), (0.3, 0.3)) is model
+
+
+@pytest.mark.parametrize("key", ["load_in_4bit", "load_in_8bit"])
+def test_a_base_that_was_not_quantized_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} must quantize the base model; got one in torch.float32"):
+        prepare_base(base_model("llama"), DictDefault({key: True}), ())
+
+
+def test_a_model_over_several_devices_is_refused() -> None:
+    model = base_model("llama")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(ValueError, match="must lie on one device per process"):
+        prepare_base(model, DictDefault({}), ())
+
+
+def test_fp8_attention_is_refused_with_step_dropout_only() -> None:
+    cfg = DictDefault({"attn_implementation": "fp8"})
+    with pytest.raises(ValueError, match="attn_implementation must not be fp8"):
+        prepare_base(base_model("llama"), cfg, (0.3,))
+    prepare_base(base_model("llama"), cfg, (0.0,))
+
+
+def test_a_layer_with_attention_of_its_own_is_refused() -> None:
+    model = base_model("llama")
+    module = model.model.layers[-1].self_attn
+    module.config = copy.deepcopy(module.config)
+    module.config._attn_implementation = "mine"
+    with pytest.raises(ValueError, match=r"must run on one attention implementation; got .*'mine'"):
+        prepare_base(model, DictDefault({}), (0.3,))
+
+
+def test_compiling_uses_the_options_of_axolotl(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = base_model("llama"), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: told.append(kwargs))
+    model.get_base_model = lambda: model
+    compile_layers(model, DictDefault({"torch_compile_backend": "eager", "torch_compile_mode": "max-autotune"}))
+    assert told == [{"backend": "eager", "mode": "max-autotune", "options": None}] * len(model.model.layers)

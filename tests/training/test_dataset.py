@@ -1,0 +1,202 @@
+"""Chain data sets: files checked before axolotl reads them, rows encoded, long chains dropped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from template_kit import ASK, STEPS, build_codec, row
+
+from axolotl_mote.chain.codec import ChainCodec
+from axolotl_mote.chain.rows import ChainDataError
+from axolotl_mote.training.dataset import check_file, encode_dataset, show_routing
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"response": None}, "response must be a non-empty string; got None."),
+    ({"analysis": None}, "guidance must follow analysis; got it alone."),
+    ({"messages": []}, "messages must be a non-empty list of turns; got []."),
+    ({"messages": [{"role": "human", "content": "hi"}]}, "messages[0].role must be one of"),
+]
+
+
+@pytest.fixture(scope="session")
+def codec(smollm2_dir: Path) -> ChainCodec:
+    return build_codec(smollm2_dir)
+
+
+def write(path: Path, lines: Sequence[Any]) -> Path:
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_all_faults_of_a_file_are_reported_at_once(tmp_path: Path) -> None:
+    bad = [fields for fields, _ in FAULTS]
+    lines: list[Any] = [row(id=f"r{number}", **fields) for number, fields in enumerate(bad)]
+    lines += ["{not json", "", "[1, 2]", row(id="r0"), row(id=None), row(id=None)]
+    with pytest.raises(ChainDataError) as error:
+        check_file(write(tmp_path / "bad.jsonl", lines), STEPS)
+    text = str(error.value)
+    for number, (_, message) in enumerate(FAULTS, start=1):
+        assert f"row {number}: {message}" in text
+    count = len(bad)
+    assert f"row {count + 1}: the line must be JSON; got Expecting property name" in text
+    assert f"row {count + 2}" not in text  # an empty line is no row
+    assert f"row {count + 3}: the line must hold a JSON object; got list. Write one object per line." in text
+    assert f"row {count + 4}: id must be unique; got 'r0' again, first at row 1. Drop one." in text
+    assert f"{count + 3} faults; nothing was trained" in text
+    assert str(tmp_path / "bad.jsonl") in text
+
+
+def test_a_json_array_is_checked_too(tmp_path: Path) -> None:
+    path = tmp_path / "chains.json"
+    path.write_text(json.dumps([row(id="a"), row(id="b", response="")]), encoding="utf-8")
+    with pytest.raises(ChainDataError, match="row 2: response must be a non-empty string"):
+        check_file(path, STEPS)
+    path.write_text('[{"a": 1},\n {"b": }]', encoding="utf-8")
+    with pytest.raises(ChainDataError, match=r"must be JSON; got Expecting value at line 2\. Correct the line\."):
+        check_file(path, STEPS)
+
+
+def test_a_file_that_is_not_utf8_is_reported_by_row(tmp_path: Path) -> None:
+    path = tmp_path / "latin1.jsonl"
+    path.write_bytes(json.dumps(row()).encode() + b"\n" + b'{"response": "caf\xe9"}\n')
+    with pytest.raises(ChainDataError, match="row 2: the line must be UTF-8"):
+        check_file(path, STEPS)
+
+
+# --- data sets ------------------------------------------------------------------------------------------------------
+
+
+def as_jsonl(folder: Path, rows: list[Any]) -> dict[str, Any]:
+    return {"path": str(write(folder / "c.jsonl", rows))}
+
+
+def as_json(folder: Path, rows: list[Any]) -> dict[str, Any]:
+    (folder / "c.json").write_text(json.dumps(rows), encoding="utf-8")
+    return {"path": str(folder / "c.json")}
+
+
+def as_parquet(folder: Path, rows: list[Any]) -> dict[str, Any]:
+    from datasets import Dataset
+
+    Dataset.from_list(rows).to_parquet(folder / "c.parquet")
+    return {"path": str(folder / "c.parquet"), "ds_type": "parquet"}
+
+
+@pytest.mark.parametrize("save", [as_jsonl, as_json, as_parquet], ids=["jsonl", "json", "parquet"])
+def test_axolotl_loads_every_format(codec: ChainCodec, tmp_path: Path, save: Callable[..., dict[str, Any]]) -> None:
+    pytest.importorskip("axolotl")
+    from axolotl.utils.data.shared import load_dataset_with_config
+    from axolotl.utils.dict import DictDefault
+
+    from axolotl_mote.chain import load
+
+    two_turns = [*ASK, {"role": "assistant", "content": "Which?"}, *ASK]
+    rows = [row(), row(id="2", analysis=None, guidance=None), row(id="3", guidance=None, messages=two_turns)]
+    entry = DictDefault({"type": "axolotl_mote.chain", "split": "train", **save(tmp_path, rows)})
+    dataset = load_dataset_with_config(entry, False, streaming=False)
+    cfg = DictDefault({"sequence_len": 512, "mote": {"steps": STEPS}})
+    encoded = load(codec.tokenizer, cfg, entry).wrap_dataset(dataset, process_count=1)
+    assert encoded.column_names == ["input_ids", "attention_mask", "labels"]
+    assert encoded.to_list() == [codec.encode_chain(one) for one in rows]
+
+
+def test_the_rows_of_any_data_set_are_checked(codec: ChainCodec) -> None:
+    from datasets import Dataset
+
+    rows = [row(id="a"), row(id="a", response=""), row(id="c", messages=[{"role": "bot", "content": "x"}])]
+    with pytest.raises(ChainDataError) as error:
+        encode_dataset(Dataset.from_list(rows), codec, 512, "hub/chains")
+    for part in (
+        "hub/chains holds 3 faults",
+        "row 2: id must be unique",
+        "row 2: response must",
+        "row 3: messages[0].role",
+    ):
+        assert part in str(error.value)
+
+
+def test_long_chains_are_dropped_and_counted_never_cut(codec: ChainCodec, caplog: pytest.LogCaptureFixture) -> None:
+    from datasets import Dataset
+
+    rows = [row(id=str(number), response="word " * (10 * number + 1)) for number in range(5)]
+    encoded = [codec.encode_chain(one) for one in rows]
+    limit = len(encoded[2]["input_ids"])  # exactly as long as allowed
+    with caplog.at_level(logging.INFO, logger="axolotl.mote"):
+        kept = encode_dataset(Dataset.from_list(rows), codec, limit, "mine")
+    assert kept.to_list() == encoded[:3]
+    assert f"mine: dropped 2 of 5 chains longer than sequence_len {limit}." in caplog.text
+    assert "mine: kept 3 of 5 chains; forms of all: {'analysis+guidance+response': 5}" in caplog.text
+    caplog.clear()
+    encode_dataset(Dataset.from_list(rows), codec, 512)
+    assert "dropped" not in caplog.text
+
+
+def test_a_data_set_of_long_chains_only_is_refused(codec: ChainCodec) -> None:
+    from datasets import Dataset
+
+    message = (
+        r"sequence_len must fit at least one chain of mine; got 8, all 1 chains are longer .* Raise sequence_len\."
+    )
+    with pytest.raises(ChainDataError, match=message):
+        encode_dataset(Dataset.from_list([row()]), codec, 8, "mine")
+
+
+def test_an_empty_data_set_is_refused(codec: ChainCodec, tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ChainDataError, match=r"empty\.jsonl must hold at least one chain; got none\. Add rows\."):
+        check_file(path, STEPS)
+
+
+def test_the_prepared_cache_notices_the_steps() -> None:
+    pytest.importorskip("axolotl")
+    from axolotl.utils.data.shared import generate_dataset_hash_from_config
+    from axolotl.utils.dict import DictDefault
+
+    from axolotl_mote.training.plugin import MotePlugin
+
+    def key(steps: list[str], special: list[str] | None = None) -> str:
+        datasets = [{"path": "c.jsonl", "type": "axolotl_mote.chain"}]
+        raw: dict[str, Any] = {"adapter": "mote", "lora_r": 1, "lora_target_linear": True, "datasets": datasets}
+        if special:
+            raw["special_tokens"] = {"additional_special_tokens": special}
+        raw["mote"] = {"steps": steps}
+        MotePlugin().register(raw)
+        return generate_dataset_hash_from_config(DictDefault(raw), [DictDefault(datasets[0])], "tokenizer")
+
+    settings_ = [["response"], ["analysis", "response"], STEPS, [*STEPS, "check"], ["guidance", "analysis", "response"]]
+    assert len({key(steps) for steps in settings_}) == len(settings_)
+    assert key(STEPS) == key(STEPS)
+
+
+def test_routing_is_shown_in_colors(codec: ChainCodec, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    # Not the environment: datasets' map in several processes puts a copy in its place, and rich keeps the old one.
+    monkeypatch.setattr("rich.console.Console._environ", {"FORCE_COLOR": "1", "TERM": "xterm-256color"})
+    messages = [{"role": "user", "content": "[bold]<|analysis|>"}]
+    encoded = codec.encode_chain(row(messages=messages))
+    show_routing(codec, encoded["input_ids"])
+    shown = capsys.readouterr().out
+    colors, color = [], ""
+    for code, character in re.findall(r"(?s)\x1b\[([\d;]*)m|(.)", shown):
+        color = color if character else code
+        if character:
+            colors.append(color)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", shown)
+    assert plain.startswith("routing: question analysis guidance response")
+    assert "[bold]" in plain  # user text is not markup
+
+    def colors_of(text: str) -> set[str]:
+        start = plain.rindex(text)
+        return set(colors[start : start + len(text)])
+
+    parts = ["[bold]<|analysis|>", "<|analysis|>Killing is a process here.<|/analysis|>"]
+    parts += ["<|guidance|>Name the signal.<|/guidance|>", "<|response|>Use kill.<|/response|>"]
+    assert [len(colors_of(part)) for part in parts] == [1, 1, 1, 1]
+    assert len(set.union(*map(colors_of, parts))) == 4
+    assert colors_of(parts[0]) == colors_of("<|im_end|>")
