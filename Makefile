@@ -68,8 +68,20 @@ format: $(STAMP) ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP) ## Regenerate docs/configuration.md from the pydantic schema, and the picture
+docs: $(STAMP) ## Regenerate the references from the pydantic schemas, and the picture
 	$(BIN)/python docs/generate.py
+
+DOCS_STAMP := $(VENV)/.docs-installed
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install -qq --no-compile -e ".[docs]"
+	@touch $@
+
+docs-site: docs $(DOCS_STAMP) ## Build the documentation into outputs/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q -f .mkdocs.yml
+	@echo "outputs/site/index.html"
+
+tutorial: $(OUTPUT)/.trained $(DOCS_STAMP) ## Execute docs/tutorial.ipynb in place
+	$(BIN)/python docs/run_tutorial.py
 
 bench: $(MODEL)/config.json ## Training step on the CPU: MoTE beside plain LoRA and other ways to run several LoRAs
 	$(BIN)/python tests/bench/train_step.py $(ARGS)

@@ -110,6 +110,15 @@ def test_every_page_is_in_the_navigation_and_in_the_index() -> None:
 # --- statements about the code --------------------------------------------------------------------------------------
 
 
+def test_the_names_that_how_it_works_points_to_exist() -> None:
+    text = text_of(DOCS / "how-it-works.md")
+    rows = re.findall(r"^\| [^|]+ \| \[[^]]+\]\(([^)]+)\) \| ([^|]*) \|$", text, re.MULTILINE)
+    named = [(DOCS / file, name) for file, names in rows for name in re.findall(r"`(\w+)`", names)]
+    assert len(named) > 8
+    defined = {file: re.findall(r"(?m)^(?:def |class )?(\w+)\b", file.read_text(encoding="utf-8")) for file, _ in named}
+    assert [f"{file.name}: {name}" for file, name in named if name not in defined[file]] == []
+
+
 def message_patterns() -> list[re.Pattern[str]]:
     """Every string of the package with at least 20 characters of its own; placeholders stand for any text."""
     patterns = []

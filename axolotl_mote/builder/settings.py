@@ -160,7 +160,7 @@ class Settings(_Schema):
     """A build file."""
 
     output: Path = Field(description="Folder for the journal, chains, rejected chains, manifest and statistics.")
-    questions: list[QuestionSource] = Field(min_length=1)
+    questions: list[QuestionSource] = Field(min_length=1, description="Sources of questions, read in order.")
     exclude: list[QuestionSource] = Field(
         default_factory=list, description="Evaluation prompts; questions that match or contain one are dropped."
     )

@@ -1,7 +1,4 @@
-"""Names, order and marker strings of the steps of a reasoning chain.
-
-The vocabulary everything else is built on. It knows nothing about tensors, tokenizers or models.
-"""
+"""Names, order and marker strings of the steps of a reasoning chain. Everything else builds on them."""
 
 from __future__ import annotations
 

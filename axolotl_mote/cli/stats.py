@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from axolotl_mote.chain.steps import CHECK, DEFAULT_STEPS, validate_steps
+from axolotl_mote.chain.steps import CHECK, DEFAULT_STEPS, chain_form, parse_form, validate_steps
 from axolotl_mote.cli._options import missing_extra
 from axolotl_mote.files import read_all_rows
 
@@ -22,9 +22,9 @@ from axolotl_mote.files import read_all_rows
 @click.option(
     "--steps",
     multiple=True,
-    default=(",".join(DEFAULT_STEPS),),
+    default=(chain_form(DEFAULT_STEPS),),
     show_default=True,
-    help="The steps of the chains, separated by commas; may be repeated.",
+    help="The steps of the chains, such as plan+draft+answer; may be repeated.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option(
@@ -57,7 +57,7 @@ def command(
     \b
     Examples:
       axolotl mote stats outputs/selfalign/data/chains.jsonl --html statistics.html
-      axolotl mote stats answers.jsonl --steps plan,draft,answer
+      axolotl mote stats answers.jsonl --steps plan+draft+answer
     """
     try:
         from axolotl_mote.builder.output.report import write_html
@@ -89,13 +89,13 @@ def command(
 
 
 def _step_names(values: Sequence[str]) -> tuple[str, ...]:
-    """``("plan,draft", "answer")`` -> the three names. ``check`` is left out: it is a verdict, not a text.
+    """``("plan+draft", "answer")`` -> the three names. ``check`` is left out: it is a verdict, not a text.
 
     Raises:
         ValueError: If they are not valid steps.
     """
     try:
-        steps = validate_steps([name.strip() for value in values for name in value.split(",")])
+        steps = validate_steps([name for value in values for name in parse_form(value)])
     except ValueError as error:
         raise ValueError(str(error).replace("mote.steps", "--steps")) from None
     return tuple(step for step in steps if step != CHECK)

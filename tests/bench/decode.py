@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from generation_kit import LINEARS, STEPS, random_adapter, with_markers
+from kit import LINEARS, STEPS, random_adapter, with_markers
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 

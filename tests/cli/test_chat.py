@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from generation_kit import STEPS, save_adapter, tiny_model, tiny_mote
+from kit import STEPS, save_adapter, tiny_model, tiny_mote
 from rich.console import Console
 
 from axolotl_mote.cli.chat import ChatSession, command

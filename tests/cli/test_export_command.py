@@ -6,7 +6,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
-from generation_kit import save_adapter, tiny_model, tiny_mote
+from kit import save_adapter, tiny_model, tiny_mote
 
 from axolotl_mote.cli.export import command
 

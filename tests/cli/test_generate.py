@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from generation_kit import STEPS, save_adapter, tiny_model, tiny_mote
+from kit import STEPS, save_adapter, tiny_model, tiny_mote
 from transformers import AutoTokenizer
 
 from axolotl_mote.chain.questions import Question

@@ -136,24 +136,13 @@ class Workshop:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Path:
     """A random two-layer Llama in float32 with SmolLM2's tokenizer; its table has no room for markers."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from kit import tiny_model
+    from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = tiny_model(49152, tied=False, hidden=64, initializer_range=0.02)
+    model.config.update({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(folder)
     return folder
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_kit import STEPS, save_adapter, smol_mote, tiny_model, tiny_mote
+from kit import STEPS, save_adapter, smol_mote, tiny_model, tiny_mote
 from safetensors.torch import load_file
 
 from axolotl_mote.chain.codec import ChainCodec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from generation_kit import (
+from kit import (
     STEPS,
     Reference,
     naive_step_ids,

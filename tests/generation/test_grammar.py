@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from generation_kit import STEPS, tiny_tokenizer
+from kit import STEPS, tiny_tokenizer
 from transformers import LogitsProcessorList
 
 from axolotl_mote.chain.codec import ChainCodec

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_kit import STEPS, smol_mote, tiny_mote
+from kit import STEPS, smol_mote, tiny_mote
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from axolotl_mote.generation import codec_for, generate_chain

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_config, randomize
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_config, randomize
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import chain, mote, mote_model
+from kit import chain, mote, mote_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

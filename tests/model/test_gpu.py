@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kit import STEPS, add_mote_adapter, base_model, chain, mote, mote_config, mote_model
 from test_compile import packed
-from tiny_models import STEPS, add_mote_adapter, base_model, chain, mote, mote_config, mote_model
 
 pytestmark = [
     pytest.mark.gpu,

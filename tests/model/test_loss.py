@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import FAMILIES, chain, mote
+from kit import FAMILIES, chain, mote
 from torch import nn
 
 from axolotl_mote.model import loss as loss_module

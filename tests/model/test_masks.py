@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import chain, mote_config
+from kit import chain, mote_config
 
 from axolotl_mote.model.attention import segment_attention
 from axolotl_mote.model.masks import Visibility, build_block_mask, build_dense_mask, build_segments

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import FAMILIES, base_model, chain, mote
 from peft.helpers import disable_input_dtype_casting
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -20,7 +21,6 @@ from peft.mapping import (
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
-from tiny_models import FAMILIES, base_model, chain, mote
 from transformers import GenerationMixin, PreTrainedModel
 
 from axolotl_mote.model import compat

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import MARKER_IDS, STEPS, VOCABULARY, chain, mote_config
+from kit import MARKER_IDS, STEPS, VOCABULARY, chain, mote_config
 
 from axolotl_mote.chain.vocabulary import advance
 from axolotl_mote.model.routing import (

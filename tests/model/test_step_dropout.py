@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kit import FAMILIES, MARKER_IDS, STEPS, VOCABULARY, base_model, chain, mote, mote_config, randomize
 from peft import PeftModel
-from tiny_models import FAMILIES, MARKER_IDS, STEPS, VOCABULARY, base_model, chain, mote, mote_config, randomize
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

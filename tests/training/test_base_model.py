@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from axolotl.utils.dict import DictDefault
-from tiny_models import base_model
+from kit import base_model
 
 from axolotl_mote.training.base_model import compile_layers, prepare_base
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from kit import STEPS, base_model, chain, mote, mote_config
 from peft import LoraConfig, get_peft_model
-from tiny_models import STEPS, base_model, chain, mote, mote_config
 from torch import Tensor
 
 from axolotl_mote.training import trainer as trainer_module

@@ -14,7 +14,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders.model import ModelLoader
 from axolotl.utils.dict import DictDefault
-from tiny_models import base_model
+from kit import base_model
 from transformers import Trainer
 
 from axolotl_mote.training import compat
