@@ -1,7 +1,8 @@
-"""Files: JSON lines in and out, atomic writes, an append-only log with a lock, a digest of a model folder.
+"""Files: JSON lines in and out, atomic writes, an append-only log with a lock; digests and versions for records.
 
-Every JSONL file of the project is read by ``read_jsonl`` and every file that must survive a crash is written by
-``write_atomically`` or ``AppendLog``. Rows are numbered from 1. Standard library only; no knowledge of chains.
+Every JSONL file of the project is read by ``read_jsonl``. Every file that must survive a crash is written by
+``write_atomically`` or ``AppendLog``, and every such folder by ``folder_in_one_rename``. Rows are numbered from 1. The
+module uses the standard library only and does not depend on chains.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -22,7 +26,7 @@ _MAX_REPORTED = 50
 
 
 class RowFault(str):
-    """Why a line holds no row: "the line must be JSON; got ... . Correct the line."."""
+    """Why a line cannot be read: "the line must be JSON; got ... . Correct the line."."""
 
 
 class FileInUseError(ValueError):
@@ -55,7 +59,7 @@ def read_jsonl(
 
 
 def parse_row(line: bytes) -> dict[str, Any] | RowFault:
-    """The JSON object in a line, or why there is none."""
+    """The JSON object in a line, or why the line cannot be read."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -63,18 +67,53 @@ def parse_row(line: bytes) -> dict[str, Any] | RowFault:
     except json.JSONDecodeError as error:
         return RowFault(f"the line must be JSON; got {error.msg} at column {error.colno}. Correct the line.")
     except RecursionError:
-        return RowFault("the line must be JSON of sane depth; got too many nested brackets. Correct the line.")
+        return RowFault("the line must be JSON; got brackets that are nested too deeply. Correct the line.")
     if not isinstance(row, dict):
         return RowFault(f"the line must hold a JSON object; got {type(row).__name__}. Write one object per line.")
     return row
 
 
-def list_faults(faults: Sequence[str]) -> str:
-    """Faults as an indented list, at most 50 of them, for the end of a message."""
+def raise_faults(faults: Sequence[str], message: str, error: type[ValueError] = ValueError) -> None:
+    """Raise all faults of a file at once, if there are any.
+
+    Args:
+        faults: Each with its row, as "row 3: ...".
+        message: Begins the error; ``{faults}`` in it stands for their number. At most 50 of them follow it.
+        error: What to raise.
+    """
+    if not faults:
+        return
     shown = [f"  {fault}" for fault in faults[:_MAX_REPORTED]]
     if len(faults) > len(shown):
         shown.append(f"  and {len(faults) - len(shown)} more")
-    return "\n".join(shown)
+    count = f"{len(faults)} fault{'s' * (len(faults) > 1)}"
+    raise error("\n".join([message.replace("{faults}", count), *shown]))
+
+
+def sound_rows(
+    rows: Iterable[tuple[int, dict[str, Any] | RowFault]],
+    message: str,
+    check: Callable[[dict[str, Any]], Sequence[str]] = lambda row: (),
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the numbered rows that have no fault, then raise all faults at once.
+
+    Args:
+        rows: From ``read_jsonl``.
+        message: As for ``raise_faults``.
+        check: Gives the faults of a row.
+
+    Raises:
+        ValueError: After the last row, if any row has a fault.
+    """
+    faults: list[str] = []
+    for number, row in rows:
+        if isinstance(row, RowFault):
+            faults.append(f"row {number}: {row}")
+        elif found := check(row):
+            faults += [f"row {number}: {fault}" for fault in found]
+        else:
+            yield number, row
+    raise_faults(faults, message)
 
 
 def read_all_rows(path: Path) -> list[dict[str, Any]]:
@@ -83,16 +122,9 @@ def read_all_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: If lines hold no JSON object; all of them at once, with their numbers.
     """
-    rows: list[dict[str, Any]] = []
-    faults: list[str] = []
-    for number, row in read_jsonl(path):
-        if isinstance(row, RowFault):
-            faults.append(f"row {number}: {row}")
-        else:
-            rows.append(row)
-    if faults:
-        raise ValueError(f"{path} must hold one JSON object per line; got {len(faults)} faults.\n{list_faults(faults)}")
-    return rows
+    return [
+        row for _, row in sound_rows(read_jsonl(path), f"{path} must hold one JSON object per line; got {{faults}}.")
+    ]
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -123,11 +155,36 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
+@contextmanager
+def folder_in_one_rename(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """An empty folder to fill, which becomes ``path`` in one rename; if the block raises, it is removed.
+
+    Args:
+        path: The finished folder; it may exist if it is empty.
+        replace: Replace it whatever it holds; it is deleted once the new one is there.
+
+    Raises:
+        OSError: If ``path`` holds something and ``replace`` is off.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    earlier = staging.with_name(f"{staging.name}.old")
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if replace and path.exists():
+            path.rename(earlier)
+        staging.rename(path)
+        shutil.rmtree(earlier, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 class AppendLog:
     """A JSONL file that one process at a time appends to, and that survives being killed.
 
     Opening takes the lock and cuts off a last line without its newline (the process died while writing it). ``append``
-    writes whole lines and returns once they are on disk; if the disk is full, no half line stays behind.
+    writes whole lines and returns once they are on disk; if the disk is full, no partial line remains.
 
     Args:
         path: The file; created with its folder if missing.
@@ -212,13 +269,13 @@ class AppendLog:
         return True
 
 
-# --- digests --------------------------------------------------------------------------------------------------------
+# --- digests and versions -------------------------------------------------------------------------------------------
 
 
 def folder_digest(path: Path) -> str:
     """Hash of a model folder without reading all its weights: small files whole, large ones by size and 16 blocks.
 
-    It tells that another model lies where the last run found one.
+    It changes when another model is written to the same folder.
     """
     digest = hashlib.sha256()
     for file in sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")):
@@ -232,3 +289,14 @@ def folder_digest(path: Path) -> str:
                 content.seek(block * (size - _DIGEST_BLOCK) // 15)
                 digest.update(content.read(_DIGEST_BLOCK))
     return digest.hexdigest()[:16]
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Version of each package that is installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -111,7 +111,7 @@ class Page:
         self._parts.append(f"<p>{escape(text)}</p>")
 
     def table(self, head: Sequence[str], rows: Iterable[Sequence[object]], text_columns: Iterable[int] = ()) -> None:
-        """Add a table; numbers stand right, the first column and ``text_columns`` left."""
+        """Add a table: the first column and ``text_columns`` are aligned left, all others right."""
         left = set(text_columns)
         lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
         for row in rows:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-COLOURS = ["#8d99ae", "#e09f3e", "#5b8e7d", "#4a6fa5"]  # question, analysis, guidance, response
-SHARED = "#9d4e8c"
+from axolotl_mote.report import step_color
+
+COLORS = [step_color(step) for step in range(4)]  # question, analysis, guidance, response
+SHARED = step_color(4)
 INK, FAINT = "#222831", "#6b7280"
 
 TOKENS: list[tuple[str, int]] = [
@@ -79,7 +81,7 @@ def draw_tokens(c: Canvas, y: float) -> None:
     row_label(c, y + 45, "input_ids", "a chain, as the model reads it")
     for i, (token, step) in enumerate(TOKENS):
         x = LEFT + i * CELL
-        c.rect(x + 2, y, CELL - 4, 98, COLOURS[step], 0.95 if token.startswith("<") else 0.25)
+        c.rect(x + 2, y, CELL - 4, 98, COLORS[step], 0.95 if token.startswith("<") else 0.25)
         fill = "#ffffff" if token.startswith("<") else INK
         cx, cy = x + CELL / 2 + 4, y + 90
         c.text(cx, cy, token, 12, fill, "start", f'transform="rotate(-90 {cx:g} {cy:g})"')
@@ -88,7 +90,7 @@ def draw_tokens(c: Canvas, y: float) -> None:
 def draw_steps(c: Canvas, y: float) -> None:
     row_label(c, y + 14, "step_ids", "read off the markers alone")
     for i, (_, step) in enumerate(TOKENS):
-        c.rect(LEFT + i * CELL + 2, y, CELL - 4, 26, COLOURS[step], 0.9)
+        c.rect(LEFT + i * CELL + 2, y, CELL - 4, 26, COLORS[step], 0.9)
         c.text(LEFT + i * CELL + CELL / 2, y + 18, str(step), 14, "#ffffff", extra='font-weight="bold"')
 
 
@@ -97,11 +99,11 @@ def draw_gate(c: Canvas, y: float) -> None:
     c.text(20, y + 78, "expert's r ranks", 11, FAINT, anchor="start")
     for row, name in enumerate(["analysis", "guidance", "response", "shared"]):
         top = y + row * 32
-        colour = SHARED if name == "shared" else COLOURS[row + 1]
-        c.text(LEFT - 6, top + 19, name, 11, colour, "end", 'font-weight="bold"')
+        color = SHARED if name == "shared" else COLORS[row + 1]
+        c.text(LEFT - 6, top + 19, name, 11, color, "end", 'font-weight="bold"')
         for i, (_, step) in enumerate(TOKENS):
             weight = 0.5 if name == "shared" or step == row + 1 else (0.5 / 3 if step == 0 else 0.0)
-            c.rect(LEFT + i * CELL + 2, top, CELL - 4, 28, colour, weight * 1.5, stroke="#d5d9e0")
+            c.rect(LEFT + i * CELL + 2, top, CELL - 4, 28, color, weight * 1.5, stroke="#d5d9e0")
             label = "½" if weight == 0.5 else ("⅙" if weight else "0")
             c.text(LEFT + i * CELL + CELL / 2, top + 19, label, 12, INK if weight else "#b6bcc6")
     c.text(LEFT + 2 * CELL, y + 146, "mean of the experts;", 11, FAINT)
@@ -119,10 +121,10 @@ def draw_lora(c: Canvas, x: float, y: float) -> None:
     c.text(x + 98, mid + 56, "A   (R × D)", 12)
     c.rect(x + 284, mid - 22, 76, 60, "#ffffff", 1, INK)
     c.text(x + 322, mid + 56, "B   (D × R)", 12)
-    for k, colour in enumerate([*COLOURS[1:], SHARED]):
-        c.rect(x + 61, mid - 21 + k * 14.6, 74, 14, colour, 0.8)
-        c.rect(x + 285 + k * 18.6, mid - 21, 18, 58, colour, 0.8)
-        c.rect(x + 190, mid - 21 + k * 14.6, 40, 14, colour, [0.05, 0.05, 0.8, 0.8][k], stroke="#d5d9e0")
+    for k, color in enumerate([*COLORS[1:], SHARED]):
+        c.rect(x + 61, mid - 21 + k * 14.6, 74, 14, color, 0.8)
+        c.rect(x + 285 + k * 18.6, mid - 21, 18, 58, color, 0.8)
+        c.rect(x + 190, mid - 21 + k * 14.6, 40, 14, color, [0.05, 0.05, 0.8, 0.8][k], stroke="#d5d9e0")
     c.text(x + 210, mid + 56, "· gate", 12)
     c.text(x + 210, mid + 74, "(of a response token)", 11, FAINT)
     c.arrow(x + 24, mid, x + 56, mid + 4)
@@ -146,18 +148,18 @@ def draw_mask(c: Canvas, x: float, y: float) -> None:
         for k, k_step in enumerate(steps[: q + 1]):
             dropped = k_step == 1 and q_step > 1
             c.rect(
-                left + k * unit, top + q * unit, unit - 1, unit - 1, "#eef0f3" if dropped else COLOURS[k_step],
+                left + k * unit, top + q * unit, unit - 1, unit - 1, "#eef0f3" if dropped else COLORS[k_step],
                 1.0 if dropped else 0.75,
             )  # fmt: skip
     at = 0
-    for name, size, colour in zip(names, sizes, COLOURS, strict=True):
-        c.text(left - 6, top + (at + size / 2) * unit + 4, name, 11, colour, "end", 'font-weight="bold"')
+    for name, size, color in zip(names, sizes, COLORS, strict=True):
+        c.text(left - 6, top + (at + size / 2) * unit + 4, name, 11, color, "end", 'font-weight="bold"')
         at += size
     positions = ["0–3", "4–7", "4–6", "7–10"]
     at = 0
     c.text(left + 15 * unit + 30, top - 6, "position", 11, FAINT)
-    for size, span, colour in zip(sizes, positions, COLOURS, strict=True):
-        c.text(left + 15 * unit + 30, top + (at + size / 2) * unit + 4, span, 12, colour, extra='font-weight="bold"')
+    for size, span, color in zip(sizes, positions, COLORS, strict=True):
+        c.text(left + 15 * unit + 30, top + (at + size / 2) * unit + 4, span, 12, color, extra='font-weight="bold"')
         at += size
     c.text(x, top + 15 * unit + 22, "Later steps attend and count positions as if it were", 11, FAINT, anchor="start")
     c.text(x, top + 15 * unit + 37, "absent; the analysis itself is still trained.", 11, FAINT, anchor="start")

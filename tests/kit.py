@@ -222,13 +222,14 @@ def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, base: Path | st
 
 
 def naive_step_ids(ids: Sequence[int], config: MoteConfig) -> list[int]:
-    """The rule of design.md, token by token."""
+    """An independent oracle of the rule in chain/vocabulary.py: it shares no code with ``advance``."""
+    starts, ends = config.marker_ids[0::2], config.marker_ids[1::2]
     steps, current = [], 0
     for token in ids:
-        if token in config.start_ids:
-            current = config.start_ids.index(token) + 1
+        if token in starts:
+            current = starts.index(token) + 1
         steps.append(current)
-        if token in config.end_ids and config.end_ids.index(token) + 1 == current:
+        if token in ends and ends.index(token) + 1 == current:
             current = 0
     return steps
 

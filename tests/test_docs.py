@@ -6,7 +6,7 @@ import ast
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,6 +107,33 @@ def test_every_page_is_in_the_navigation_and_in_the_index() -> None:
     assert pages - {"README.md"} <= set(LINK.findall(text_of(DOCS / "README.md")))
 
 
+# --- citation -------------------------------------------------------------------------------------------------------
+
+
+def bibtex_of(file: Path) -> dict[str, str]:
+    """The fields of a file's BibTeX entry without braces and line breaks, and its key."""
+    (entry,) = re.findall(r"(?ms)^@inproceedings\{(.*?)^\}", file.read_text(encoding="utf-8"))
+    fields = dict(re.findall(r"(?s)(\w+)\s*=\s*\{(.*?)\},?\n(?=\s*\w+\s*=|\Z)", entry))
+    plain = {name: " ".join(value.replace("{", "").replace("}", "").split()) for name, value in fields.items()}
+    return plain | {"key": entry.split(",")[0]}
+
+
+@pytest.mark.parametrize("file", ["README.md", "axolotl_mote/training/card.py"])
+def test_the_paper_is_cited_alike_everywhere(file: str) -> None:
+    cff = yaml.safe_load((REPO / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in cff["authors"])
+    assert bibtex_of(REPO / file) == {
+        "key": "liu-etal-2025-mixture",  # the ACL Anthology's
+        "title": cff["title"],
+        "author": authors,
+        "booktitle": cff["collection-title"],
+        "year": str(cff["year"]),
+        "pages": f"{cff['start']}--{cff['end']}",
+        "doi": cff["doi"],
+        "url": cff["url"],
+    }
+
+
 # --- statements about the code --------------------------------------------------------------------------------------
 
 
@@ -119,29 +146,62 @@ def test_the_names_that_how_it_works_points_to_exist() -> None:
     assert [f"{file.name}: {name}" for file, name in named if name not in defined[file]] == []
 
 
-def message_patterns() -> list[re.Pattern[str]]:
-    """Every string of the package with at least 20 characters of its own; placeholders stand for any text."""
-    patterns = []
+def message_patterns() -> Iterator[re.Pattern[str]]:
+    """Every string of the package with at least 20 characters of its own.
+
+    A placeholder stands for text within its line; one that has a line for itself stands for any lines.
+    """
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            literal = [part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)]
-            if sum(map(len, literal)) >= 20:
-                pieces = (re.escape(p.value) if isinstance(p, ast.Constant) else "(?s:.*)" for p in parts)
-                patterns.append(re.compile("".join(pieces)))
-    return patterns
+            text = "".join(
+                part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else PLACEHOLDER
+                for part in parts
+            )
+            text = re.sub(r"\{\w+\}", PLACEHOLDER, text)  # templates that are filled in elsewhere
+            if len(text.replace(PLACEHOLDER, "")) >= 20:
+                lines = (
+                    "(?s:.+)" if line == PLACEHOLDER else ".*".join(map(re.escape, line.split(PLACEHOLDER)))
+                    for line in text.split("\n")
+                )
+                yield re.compile("\n".join(lines))
 
 
-def test_messages_in_the_faq_are_those_of_the_code() -> None:
+PLACEHOLDER = "\0"
+
+
+def unknown_messages(block: str, patterns: Sequence[re.Pattern[str]]) -> list[str]:
+    """Lines of a block that the code cannot write, alone, after a row number, or as one message of several lines."""
+    if "\n" in block and any(pattern.fullmatch(block) for pattern in patterns):
+        return []
+
+    def known(line: str) -> bool:
+        return any(p.fullmatch(line) or p.fullmatch(re.sub(r"^ *row \d+: ", "", line)) for p in patterns)
+
+    return [line for line in block.splitlines() if not known(line)]
+
+
+def messages_of(page: str) -> list[str]:
+    return re.findall(r"(?ms)^```text\n(.*?)\n```", text_of(DOCS / page))
+
+
+@pytest.mark.parametrize("page", ["faq.md", "getting-started.md"])
+def test_messages_in_the_docs_are_those_of_the_code(page: str) -> None:
     patterns = [*message_patterns(), re.compile(re.escape("Error: No such command 'mote'."))]  # the last one is click's
+    assert [line for block in messages_of(page) for line in unknown_messages(block, patterns)] == []
 
-    def known(text: str) -> bool:
-        """Whether the code can write it, alone or after a row number."""
-        return any(p.fullmatch(text) or p.fullmatch(re.sub(r"^row \d+: ", "", text)) for p in patterns)
 
-    blocks = re.findall(r"(?ms)^```text\n(.*?)\n```", text_of(DOCS / "faq.md"))
-    messages = [message for block in blocks for message in ([block] if known(block) else block.splitlines())]
-    assert [message for message in messages if not known(message)] == []
+def test_no_stale_line_hides_in_a_block_of_the_faq() -> None:
+    """A changed line fails wherever it stands in its block."""
+    patterns = list(message_patterns())
+    blocks = [block for block in messages_of("faq.md") if "\n" in block]
+    assert len(blocks) > 5
+    for block in blocks:
+        lines = block.splitlines()
+        for at in (0, len(lines) - 1):
+            changed = [*lines]
+            changed[at] = "stale " + changed[at].replace(";", " -", 1)
+            assert unknown_messages("\n".join(changed), patterns), changed
 
 
 def test_axolotl_accepts_the_configuration_before_and_after_the_migration() -> None:
@@ -162,6 +222,7 @@ REPLACED = [
     "ServersSilent", "Exam", "Growth", "dearest", "rests_until", "let_cpu_processes_meet", "hideable_steps",
     "_true_rows", "mote_skip", "dense_mask", "flex_mask", "varlen_segments", "axolotl_mote.noise",
     "axolotl_mote.host", "axolotl_mote.digest", "host.py", "noise.py", "digest.py", "grow_chain", "CallPutOff",
+    "step_vocabulary", "parse_chain", "generation.jsonl",
 ]  # fmt: skip
 """Identifiers that were replaced by the field's words."""
 
@@ -171,11 +232,31 @@ REPLACED_PHRASES = [
 ]  # fmt: skip
 """Phrases of our own where the field has a word: tokens are routed to an expert; a step is dropped."""
 
+TEXT = {
+    "", ".cff", ".css", ".ipynb", ".jinja", ".json", ".md", ".py", ".slurm", ".svg", ".toml", ".yaml", ".yml",
+}  # fmt: skip
+"""File endings of what people wrote; data sets (.jsonl) and pictures hold words of others."""
+
+ROOTS = (".ci", ".github", "axolotl_mote", "docs", "example_configs", "tests")
+EXCEPTIONS = {
+    REPO / "CHANGELOG.md",  # names what was replaced
+    REPO / "tests" / "test_docs.py",  # lists it
+}
 SOURCES = sorted(
     file
-    for pattern in ("axolotl_mote/**/*.py", "axolotl_mote/**/*.jinja", "docs/*.*", "*.md", "example_configs/**/*.yml")
-    for file in REPO.glob(pattern)
+    for file in (*REPO.glob("*"), *(file for root in ROOTS for file in (REPO / root).rglob("*")))
+    if file.is_file() and file.suffix in TEXT and "__pycache__" not in file.parts and file not in EXCEPTIONS
 )
+SOURCES += sorted(file for file in REPO.glob(".*") if file.is_file() and file.suffix in TEXT)
+
+
+def test_every_kind_of_file_is_searched() -> None:
+    searched = {file.relative_to(REPO).as_posix() for file in SOURCES}
+    assert {
+        "Makefile", "README.md", "CITATION.cff", "pyproject.toml", ".mkdocs.yml", ".ci/run", ".github/CONTRIBUTING.md",
+        ".github/workflows/ci.yml", "axolotl_mote/report.py", "docs/tutorial.ipynb", "docs/images/how-it-works.svg",
+        "example_configs/multinode/train.slurm", "example_configs/data/README.md", "tests/test_layering.py",
+    } <= searched  # fmt: skip
 
 
 def found(pattern: str, flags: int = 0) -> list[str]:

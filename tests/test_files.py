@@ -20,10 +20,12 @@ from axolotl_mote.files import (
     FileInUseError,
     RowFault,
     folder_digest,
+    folder_in_one_rename,
     json_line,
-    list_faults,
+    raise_faults,
     read_all_rows,
     read_jsonl,
+    sound_rows,
     write_atomically,
     write_jsonl,
 )
@@ -67,9 +69,34 @@ def test_a_compressed_file_is_read_through_its_opener(tmp_path: Path) -> None:
 
 
 def test_a_long_list_of_faults_is_cut_and_counted() -> None:
-    shown = list_faults([str(number) for number in range(60)]).splitlines()
-    assert len(shown) == 51
+    with pytest.raises(ValueError, match="mine holds 60 faults") as raised:
+        raise_faults([str(number) for number in range(60)], "mine holds {faults}; none of {them} is read.")
+    shown = str(raised.value).splitlines()
+    assert len(shown) == 52
     assert shown[-1] == "  and 10 more"
+
+
+def test_sound_rows_are_yielded_before_all_faults_are_raised(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n[]\n{"a": 2}\n{"a": -1}\n')
+    rows = sound_rows(read_jsonl(path), "mine: {faults}.", lambda row: ["a is negative"] * (row["a"] < 0))
+    assert [next(rows), next(rows)] == [(1, {"a": 1}), (3, {"a": 2})]
+    with pytest.raises(ValueError, match=r"^mine: 2 faults\.\n  row 2: the line must .*\n  row 4: a is negative$"):
+        next(rows)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "folder"
+    for text in ("first", "second"):
+        with folder_in_one_rename(target, replace=True) as staging:
+            (staging / "file").write_text(text)
+        assert (target / "file").read_text() == text
+    with pytest.raises(FileNotFoundError), folder_in_one_rename(target, replace=True) as staging:
+        (staging / "none" / "file").write_text("third")
+    with pytest.raises(OSError, match="not empty"), folder_in_one_rename(target) as staging:
+        (staging / "file").write_text("fourth")
+    assert (target / "file").read_text() == "second"
+    assert list(target.parent.iterdir()) == [target]
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Imports point downwards only, between the rooms and inside each of them; light things stay light.
 
 The order is the one that people read: the docstring of a package lists its modules from the bottom up, and a module
-imports only those listed before it.
+imports only those listed before it. Private names of other libraries are used in the compat modules only.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,11 @@ HOSTS = {"axolotl", "accelerate", "deepspeed", "trl"}
 
 NAMED_EXCEPTIONS = {("axolotl_mote.chain", "axolotl_mote.training.dataset")}
 """axolotl looks for `load` in the module that `type: axolotl_mote.chain` names; the strategy belongs to training."""
+
+FOREIGN = {"torch", "transformers", "peft"} | HOSTS
+"""Libraries whose private names may be used in the compat modules alone."""
+
+COMPAT = {"model.compat", "training.compat"}
 
 HEAVY = {"torch", "transformers", "peft", "datasets"} | HOSTS
 
@@ -42,22 +48,58 @@ def modules(root: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def imports(dotted: str, file: Path) -> list[tuple[str, int, bool]]:
-    """(imported dotted name, line, whether it runs when the module is imported) of every import in a file."""
+def imports(dotted: str, file: Path) -> list[tuple[str, int]]:
+    """(imported dotted name, line) of every import in a file, at any depth."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     package = dotted if file.name == "__init__.py" else dotted.rpartition(".")[0]
     if dotted == PACKAGE.name:  # what the package exports, for type checkers
         tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")]
-    top_level = {id(node) for node in tree.body}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno, id(node) in top_level) for alias in node.names]
+            found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
-            found += [(f"{base}.{alias.name}", node.lineno, id(node) in top_level) for alias in node.names]
+            found += [(f"{base}.{alias.name}", node.lineno) for alias in node.names]
     return found
+
+
+def is_private(name: str) -> bool:
+    """Whether a name starts with one underscore."""
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own_names(root: Path) -> set[str]:
+    """Private names that the package itself defines: functions, methods, classes, variables and fields."""
+    found = set()
+    for _, file in modules(root):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+                found.add(node.attr)
+    return {name for name in found if is_private(name)}
+
+
+def private_names(file: Path, own: set[str]) -> Iterator[tuple[str, int]]:
+    """(private name of another library, line) of every use in a file."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
+            if is_private(node.attr) and node.attr not in own:
+                yield node.attr, node.lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in own:
+                yield str(name.value), node.lineno
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            base = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                name = f"{base}{alias.name}"
+                if name.split(".")[0] in FOREIGN and any(map(is_private, name.split("."))):
+                    yield name, node.lineno
 
 
 def violations(root: Path) -> list[str]:
@@ -71,9 +113,9 @@ def violations(root: Path) -> list[str]:
             if set(names) != present - {"__main__"} or len(set(names)) != len(names):
                 broken.append(f"{dotted} must list {sorted(present)} in its docstring, once each; got {names}")
     for dotted, file in known.items():
-        for target, line, at_top in imports(dotted, file):
+        for target, line in imports(dotted, file):
             where = f"{dotted}:{line}"
-            if target.split(".")[0] in HOSTS and dotted.split(".")[1:2] != ["training"] and at_top:
+            if target.split(".")[0] in HOSTS and dotted.split(".")[1:2] != ["training"]:
                 broken.append(f"{where} imports {target}; only {sorted(NEEDS_AXOLOTL)} may")
             if target.split(".")[0] != root.name or target == f"{root.name}.__version__":
                 continue
@@ -81,6 +123,13 @@ def violations(root: Path) -> list[str]:
                 target = target.rpartition(".")[0]
             if (dotted, target) not in NAMED_EXCEPTIONS and not _downward(root, known, dotted, target):
                 broken.append(f"{where} imports {target}, which does not stand below it")
+    own = own_names(root)
+    for dotted, file in known.items():
+        if dotted.partition(".")[2] not in COMPAT:
+            broken += [
+                f"{dotted}:{line} uses the private name {name}; only {sorted(COMPAT)} may"
+                for name, line in private_names(file, own)
+            ]
     return list(dict.fromkeys(broken))
 
 
@@ -113,12 +162,23 @@ def test_imports_point_downwards() -> None:
         ("high.api", "from ..low.two import x", None),
         ("high.api", "from pack import load", "pack, which does not stand below it"),
         ("high.api", "import axolotl.utils", "imports axolotl.utils; only"),
+        ("high.api", "def f():\n    import deepspeed", "imports deepspeed; only"),
+        ("high.api", "from transformers.utils import _x", "uses the private name transformers.utils._x"),
+        ("high.api", "import torch._dynamo", "uses the private name torch._dynamo"),
+        ("high.api", "def f(model):\n    return model.config._x", "uses the private name _x"),
+        ("high.api", "def f(model):\n    model._x = 1", "uses the private name _x"),
+        ("high.api", "def f(model):\n    return getattr(model, '_x', None)", "uses the private name _x"),
+        ("high.api", "class A:\n    def f(self, other):\n        self._x = other._x", None),
+        ("high.api", "class A(B):\n    def _f(self):\n        super()._f()", None),
+        ("model.compat", "from transformers.utils import _x\n\ndef f(model):\n    return model._y", None),
         ("low.three", "", "must list ['one', 'three', 'two'] in its docstring"),
     ],
 )
 def test_the_rule_can_fail(tmp_path: Path, module: str, source: str, message: str | None) -> None:
     files = {
-        "__init__": '"""P.\n\n    low   x\n    high  x\n"""',
+        "__init__": '"""P.\n\n    low    x\n    model  x\n    high   x\n"""',
+        "model/__init__": '"""M.\n\n    compat  x\n"""',
+        "model/compat": "",
         "low/__init__": '"""L.\n\n    one  x\n    two  x\n"""',
         "low/one": "",
         "low/two": "from pack.low import one",
@@ -139,12 +199,13 @@ def test_the_rule_can_fail(tmp_path: Path, module: str, source: str, message: st
     [
         "import axolotl_mote",
         "import axolotl_mote.chain.codec, axolotl_mote.chain.rows, axolotl_mote.report",
-        "from axolotl_mote.cli import main as m; [m.get_command(None, name) for name in m.list_commands(None)]",
+        "import click; from axolotl_mote.cli import main as m; c = click.Context(m, info_name='mote')\n"
+        "[m.get_command(c, name) for name in m.list_commands(c)]",
         "import axolotl_mote.cli.quickstart",
     ],
 )
 def test_imports_stay_light(code: str) -> None:
-    probe = f"import sys; {code}; print(sorted({HEAVY} & set(sys.modules)))"
+    probe = f"import sys\n{code}\nprint(sorted({HEAVY} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

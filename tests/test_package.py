@@ -49,7 +49,7 @@ def test_the_commands_run_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> N
         for c in commands
     ]
     assert shown[0].split() == [str(tmp_path / "site" / "axolotl_mote" / "__init__.py"), axolotl_mote.__version__]
-    assert "axolotl mote build build.yml" in shown[1]
+    assert "python -m axolotl_mote.cli build build.yml" in shown[1]
     entry_points = next((tmp_path / "site").glob("*.dist-info/entry_points.txt")).read_text()
     assert "axolotl-mote = axolotl_mote.cli:main" in entry_points
     assert "[axolotl.cli_commands]\nmote = axolotl_mote.cli:main" in entry_points

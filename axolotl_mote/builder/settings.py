@@ -164,10 +164,12 @@ class Settings(_Schema):
     exclude: list[QuestionSource] = Field(
         default_factory=list, description="Evaluation prompts; questions that match or contain one are dropped."
     )
-    models: dict[str, ModelSpec] = Field(description="Models by name; 'default' must be one of them.")
+    models: dict[str, ModelSpec] = Field(
+        description="Models by name. Stages that name no model use the one named 'default'."
+    )
     stages: Stages = Stages()
-    chain: ChainForm = Field("adaptive", description="adaptive, or a fixed form for every chain.")
-    check: bool = Field(True, description="Judge the answers; may be false only with a fixed form.")
+    chain: ChainForm = Field("adaptive", description="adaptive, or one chain form for every question.")
+    check: bool = Field(True, description="Judge the answers; may be false only with one chain form.")
     prompts: Path | None = Field(
         None, description="Folder with templates that replace the built-in ones of the same name."
     )

@@ -3,7 +3,7 @@
 The modules, each importing only those before it:
 
     steps        names, order and marker strings of the steps
-    vocabulary   StepVocabulary, and the rule "which step has a token" (``advance``)
+    vocabulary   StepVocabulary, and the rule that gives a token its step (``advance``)
     quoting      foreign text: quoted, control tokens broken up
     questions    Question: a dialogue that ends in a user turn
     result       Chain: what comes out of a generation

@@ -2,7 +2,7 @@
 
 The text trained on is the chat template of `messages` with the generation prompt, then each present step as marker,
 text, end marker, then the template's end-of-turn token. User and step texts can never produce a marker or any other
-special token, in training and at inference alike. Needs a tokenizer; knows no model.
+special token, in training and at inference alike. Needs a tokenizer; imports no model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -37,7 +38,7 @@ class ChainCodec:
 
     Args:
         tokenizer: A tokenizer with a chat template; for everything about chains it must know the markers.
-        steps: Step names in order; empty for a model that knows no steps, whose dialogues are encoded all the same.
+        steps: Step names in order; empty for a model without steps, of which only dialogues are encoded.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, steps: Sequence[str] = ()) -> None:
@@ -49,7 +50,7 @@ class ChainCodec:
         """The codec of a tokenizer that knows markers; the steps are read from them, in the order of their ids.
 
         Raises:
-            ValueError: If it knows none.
+            ValueError: If it does not know any.
         """
         decoder = tokenizer.added_tokens_decoder
         added = [str(token) for _, token in sorted(decoder.items())]
@@ -85,12 +86,14 @@ class ChainCodec:
     @cached_property
     def special_ids(self) -> frozenset[int]:
         """Every id that may not stand inside a step: markers, end of turn, padding and all other special tokens."""
-        added = {
-            token
-            for token, content in self.tokenizer.added_tokens_decoder.items()
-            if getattr(content, "special", False)
-        }
-        return frozenset(added) | frozenset(self.tokenizer.all_special_ids) | frozenset(self.vocabulary.kinds)
+        return frozenset(self._special_tokens) | frozenset(self.vocabulary.kinds)
+
+    @cached_property
+    def _special_tokens(self) -> dict[int, str]:
+        """The tokenizer's special tokens: added ones marked as special, and named ones such as padding."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        named = zip(self.tokenizer.all_special_ids, self.tokenizer.all_special_tokens, strict=True)
+        return {token: content.content for token, content in added if content.special} | dict(named)
 
     @cached_property
     def end_of_turn(self) -> tuple[int, ...]:
@@ -98,10 +101,8 @@ class ChainCodec:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _OPEN}]
         rendered: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
         ids: list[int] = self.tokenizer(rendered.split(_OPEN)[-1], add_special_tokens=False)["input_ids"]
-        special = set(self.tokenizer.all_special_ids)
-        special |= {token for token, content in self.tokenizer.added_tokens_decoder.items() if content.special}
         for position, token in enumerate(ids):
-            if token in special:
+            if token in self._special_tokens:
                 return tuple(ids[: position + 1])
         return (self.tokenizer.eos_token_id,)
 
@@ -128,8 +129,7 @@ class ChainCodec:
     @cached_property
     def _guarded(self) -> re.Pattern[str]:
         """Everything that must not be recognized inside a text: markers, special tokens, and our own stand-in."""
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(markers(self.steps)) | set(self.tokenizer.all_special_tokens)
+        special = {*self._special_tokens.values(), *markers(self.steps)}
         longest_first = sorted(filter(None, special), key=len, reverse=True)
         return re.compile("|".join([*map(re.escape, longest_first), _OPEN]))
 
@@ -212,7 +212,18 @@ class ChainCodec:
             "labels": [IGNORE_INDEX] * len(question) + chain,
         }
 
-    # --- parsing ----------------------------------------------------------------------------------------------------
+    # --- decoding ---------------------------------------------------------------------------------------------------
+
+    def stretches(self, ids: Sequence[int]) -> list[tuple[int, str]]:
+        """The text of token ids, cut where the step changes: (step id, text) of each stretch.
+
+        A character may be spread over several tokens, so text is decoded a whole stretch at a time.
+        """
+        pairs = zip(self.vocabulary.step_ids(ids), ids, strict=True)
+        return [
+            (step, str(self.tokenizer.decode([token for _, token in stretch])))
+            for step, stretch in groupby(pairs, key=lambda pair: pair[0])
+        ]
 
     def parse(self, ids: Iterable[int], *, must_close: MustClose | None = None, expect_check: bool = False) -> Chain:
         """Read a chain off generated token ids.
@@ -239,7 +250,6 @@ class ChainCodec:
         return Chain(
             texts=texts,
             token_counts={name: len(text) for name, text in parser.texts.items()},
-            answer_step=answer,
             finished=valid and wanted <= set(texts) and answer not in parser.truncated and bool(texts[answer].strip()),
             truncated=tuple(parser.truncated),
             valid=valid,

@@ -28,7 +28,6 @@ class Chain:
     Args:
         texts: Text of each step of the chain, in order.
         token_counts: Tokens of each step, its two markers not counted.
-        answer_step: Name of the step the user sees.
         finished: Whether the model itself ended the answer; False if it was cut at a limit, is blank, or the chain is
             invalid.
         truncated: Steps that were closed because a limit or the budget was used up.
@@ -42,7 +41,6 @@ class Chain:
 
     texts: dict[str, str]
     token_counts: dict[str, int]
-    answer_step: str
     finished: bool
     truncated: tuple[str, ...]
     valid: bool
@@ -56,6 +54,11 @@ class Chain:
     def steps(self) -> tuple[str, ...]:
         """Names of the steps the chain holds, in order."""
         return tuple(self.texts)
+
+    @property
+    def answer_step(self) -> str:
+        """Name of the step the user sees."""
+        return self.vocabulary.answer
 
     @property
     def answer(self) -> str:
@@ -114,4 +117,7 @@ class Chain:
 
 def refused_row(vocabulary: StepVocabulary, error: str) -> dict[str, Any]:
     """The row of a question that was not answered: that of an empty chain, with the reason."""
-    return Chain({}, {}, vocabulary.answer, False, (), False, vocabulary, ()).to_row() | {"error": error}
+    empty = Chain(
+        texts={}, token_counts={}, finished=False, truncated=(), valid=False, vocabulary=vocabulary, token_ids=()
+    )
+    return empty.to_row() | {"error": error}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from axolotl_mote.chain.codec import ROLES
-from axolotl_mote.chain.steps import CHECK, answer_step
-from axolotl_mote.files import RowFault, list_faults
+from axolotl_mote.chain.steps import CHECK, answer_step, reasoning_steps
+from axolotl_mote.files import RowFault, raise_faults
 
 
 class ChainDataError(ValueError):
@@ -31,15 +32,18 @@ def check_row(row: Any, steps: Sequence[str]) -> list[str]:
             faults.append(f"{step} {fault}")
         elif step == answer and not (text or "").strip():
             faults.append(f"{answer} must be a non-empty string; got {text!r}. Write the answer or drop the row.")
-    reasoning = list(steps[: steps.index(answer)])
-    present = [isinstance(row.get(step), str) and bool(row[step].strip()) for step in reasoning]
-    for earlier, later in zip(range(len(reasoning)), range(1, len(reasoning)), strict=False):
-        if present[later] and not present[earlier]:
+    for earlier, later in pairwise(reasoning_steps(steps)):
+        if _is_present(row, later) and not _is_present(row, earlier):
             faults.append(
-                f"{reasoning[later]} must follow {reasoning[earlier]}; got it alone. Write the earlier step, clear the "
-                f"later one, or leave {reasoning[earlier]} out of mote.steps."
+                f"{later} must follow {earlier}; got it alone. Write the earlier step, clear the later one, or leave "
+                f"{earlier} out of mote.steps."
             )
     return faults
+
+
+def _is_present(row: Mapping[str, Any], step: str) -> bool:
+    text = row.get(step)
+    return isinstance(text, str) and bool(text.strip())
 
 
 def _unicode_fault(text: Any) -> str | None:
@@ -78,7 +82,7 @@ def check_rows(rows: Iterable[tuple[int, Any]], steps: Sequence[str], where: str
     """Check all rows and report every fault at once.
 
     Args:
-        rows: Pairs of row number (from 1) and row, or the fault of a line that holds none.
+        rows: Pairs of row number (from 1) and row, or why its line cannot be read.
         steps: The steps to train.
         where: The data set's name, for the message.
 
@@ -96,5 +100,4 @@ def check_rows(rows: Iterable[tuple[int, Any]], steps: Sequence[str], where: str
         if row_id is not None and first_seen.setdefault(str(row_id), number) != number:
             first = first_seen[str(row_id)]
             faults.append(f"row {number}: id must be unique; got {row_id!r} again, first at row {first}. Drop one.")
-    if faults:
-        raise ChainDataError(f"{where} holds {len(faults)} faults; nothing was trained.\n{list_faults(faults)}")
+    raise_faults(faults, f"{where} holds {{faults}}; nothing was trained.", ChainDataError)

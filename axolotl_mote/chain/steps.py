@@ -15,6 +15,12 @@ DEFAULT_STEPS = ("analysis", "guidance", "response")
 CHECK = "check"
 FORM_SEPARATOR = "+"
 
+ADAPTIVE = "adaptive"
+"""Mode of generation: the model chooses its steps."""
+
+VERIFY = "verify"
+"""Mode of generation: answer at once, and add reasoning steps while the answer is judged unsafe."""
+
 _RESERVED = {
     QUESTION: "the tokens outside every step",
     "messages": "the column of the dialogue",
@@ -46,6 +52,11 @@ def markers(steps: Sequence[str]) -> list[str]:
 def answer_step(steps: Sequence[str]) -> str:
     """The step the user sees: the last one, or the one before a trailing ``check``."""
     return steps[-2] if steps[-1] == CHECK else steps[-1]
+
+
+def reasoning_steps(steps: Sequence[str]) -> tuple[str, ...]:
+    """The steps before the answer, in order."""
+    return tuple(steps[: steps.index(answer_step(steps))])
 
 
 def chain_form(present: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
-"""`StepVocabulary`: the steps of a model and their marker ids, and THE rule that gives every token its step.
+"""`StepVocabulary`: the steps of a model and their marker ids, and the rule that gives a token its step.
 
-The rule is written once, in ``advance``. ``model.routing`` renders it for tensors; the parser and the streamer call it
-token by token. Plain Python; no tokenizer, no tensors.
+The rule is written once, in ``advance``. ``model.routing`` implements it for tensors; the parser and the streamer call
+it token by token. Plain Python; no tokenizer, no tensors.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from axolotl_mote.chain.steps import CHECK, answer_step
+from axolotl_mote.chain.steps import CHECK, answer_step, reasoning_steps
 
 
 def advance(open_step: int, kind: int) -> tuple[int, int]:
-    """The rule "which step has a token": one token forward.
+    """The rule that gives a token its step, one token forward.
 
     A token between a start marker and its end marker, both included, has that step. A start marker without an end keeps
     its step until another start marker or the end of the document. Everything else is the question, step 0.
@@ -73,7 +73,11 @@ class StepVocabulary:
     @property
     def reasoning(self) -> tuple[str, ...]:
         """The steps before the answer, in order."""
-        return self.steps[: self.steps.index(self.answer)]
+        return reasoning_steps(self.steps)
+
+    def fixed_forms(self) -> list[list[str]]:
+        """The answer alone, then with one reasoning step more each time, up to all of them."""
+        return [[*self.reasoning[:depth], self.answer] for depth in range(len(self.reasoning) + 1)]
 
     @cached_property
     def kinds(self) -> dict[int, int]:

@@ -18,6 +18,7 @@ torch, so ``--help`` stays quick.
 
 from __future__ import annotations
 
+from copy import copy
 from importlib import import_module
 
 import click
@@ -45,9 +46,25 @@ class _LazyGroup(click.Group):
         command: click.Command = import_module(f"axolotl_mote.cli.{name}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and _named(command, ctx.command_path), rest
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        click.Command.format_help_text(_named(self, ctx.command_path), ctx, formatter)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(_COMMANDS.items()))
+
+
+def _named(command: click.Command, program: str) -> click.Command:
+    """The command with the program's name, as it was called, in the examples of its help."""
+    command = copy(command)
+    command.help = (command.help or "").replace("axolotl mote", program)
+    return command
 
 
 @click.group(cls=_LazyGroup, name="mote", context_settings={"help_option_names": ["-h", "--help"]})

@@ -75,17 +75,18 @@ def decoding_options(function: F) -> F:
 
 
 @contextmanager
-def usage_errors() -> Iterator[None]:
-    """Turn errors of values and files into one line on stderr instead of a traceback."""
+def usage_errors(extra: str | None = None) -> Iterator[None]:
+    """Turn errors of values and files, and missing packages of ``extra``, into one line on stderr, no traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
-
-
-def missing_extra(error: ModuleNotFoundError, extra: str = "build") -> click.ClickException:
-    """The error for a missing package of an extra."""
-    return click.ClickException(f"{error}. Install the extra, in a clone of the project: pip install '.[{extra}]'")
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        raise click.ClickException(
+            f"{error}. Install the extra, in a clone of the project: pip install '.[{extra}]'"
+        ) from error
 
 
 def parse_limits(values: Sequence[str]) -> int | dict[str, int] | None:

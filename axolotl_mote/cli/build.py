@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from axolotl_mote.cli._options import missing_extra
+from axolotl_mote.cli._options import usage_errors
 
 if TYPE_CHECKING:
     from axolotl_mote.builder.run import BuildReport, Status
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def command(config: Path, output: Path | None, limit: int | None, exclude: tuple[str, ...], restart: bool) -> None:
     """Write a chain data set: the model aligns itself on your questions.
 
-    CONFIG is a build file; example_configs/build_local.yml explains every key. You can stop the command at any time and
+    CONFIG is a build file; docs/build-reference.md explains every key. You can stop the command at any time and
     run it again: no work is lost and none is done twice.
 
     \b
@@ -44,14 +44,11 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
       3    stopped by the budget or because no server responds, or questions were postponed: run it again
       130  interrupted by Ctrl-C: run it again
     """
-    try:
+    with usage_errors(extra="build"):
         from axolotl_mote.builder.clients.calls import FatalCallError
         from axolotl_mote.builder.run import build
         from axolotl_mote.builder.settings import QuestionSource, load_settings
-    except ModuleNotFoundError as error:
-        raise missing_extra(error) from error
 
-    try:
         settings = load_settings(config)
         changed: dict[str, object] = {}
         if output is not None:
@@ -61,12 +58,11 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
         if exclude:
             changed["exclude"] = [*settings.exclude, *(QuestionSource(path=file) for file in exclude)]
         settings = settings.model_copy(update=changed)
-        with _Progress() as progress:
-            report = build(settings, restart=restart, on_progress=progress.show)
-    except ModuleNotFoundError as error:  # openai and others are imported when they are first needed
-        raise missing_extra(error) from error
-    except (ValueError, OSError, FatalCallError) as error:
-        raise click.ClickException(str(error)) from error
+        try:
+            with _Progress() as progress:  # openai and others are imported when they are first needed
+                report = build(settings, restart=restart, on_progress=progress.show)
+        except FatalCallError as error:
+            raise click.ClickException(str(error)) from error
     _print_report(report, settings.output)
     if report.stopped == "interrupted":
         raise SystemExit(130)
@@ -75,7 +71,7 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
 
 
 class _Progress:
-    """A progress bar on stderr; a line at every tenth if stderr is no terminal."""
+    """A progress bar on stderr; a line at every tenth if stderr is not a terminal."""
 
     def __enter__(self) -> _Progress:
         from rich.console import Console

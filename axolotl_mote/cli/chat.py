@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from axolotl_mote.chain.steps import parse_form
+from axolotl_mote.chain.steps import ADAPTIVE, VERIFY
 from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments, usage_errors
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
 @click.command()
 @model_options
 @click.option(
-    "--steps", default="adaptive", show_default=True, help="adaptive, verify, or a form such as analysis+response."
+    "--steps", default=ADAPTIVE, show_default=True, help="adaptive, verify, or a form such as analysis+response."
 )
 @decoding_options
 @click.option("--system", help="System message.")
@@ -121,7 +121,7 @@ class ChatSession:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.start = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.start)
-        self.steps: str | list[str] = "adaptive"
+        self.steps: str | list[str] = ADAPTIVE
         self._turns = 0
         self.choose(steps)
 
@@ -144,17 +144,15 @@ class ChatSession:
         Raises:
             ValueError: If it names steps the adapter does not have.
         """
-        from axolotl_mote.generation.grammar import make_plan
+        from axolotl_mote.generation.runner import check_mode, parse_mode
 
-        chosen: str | list[str] = steps
-        if steps != "verify":
-            chosen = steps if steps == "adaptive" else parse_form(steps)
-            make_plan(chosen, self.codec.vocabulary, self.settings["check"])
+        chosen = parse_mode(steps)
+        check_mode(chosen, self.codec.vocabulary, self.settings["check"])
         self.steps = chosen
 
     def _command(self, text: str) -> bool:
-        """Run a command; False if the line is no command and hence a message."""
-        name, _, rest = text.partition(" ")
+        """Run a command; False if the line is a message."""
+        name, _, argument = text.partition(" ")
         if name == "/help":
             self._say(_HELP)
         elif name == "/reset":
@@ -165,8 +163,9 @@ class ChatSession:
             self._say(f"Reasoning {'shown' if self.show_reasoning else 'hidden'}.")
         elif name == "/steps":
             try:
-                self.choose(rest.strip() or "adaptive")
-                self._say(f"Steps: {rest.strip() or 'adaptive'}.")
+                mode = argument.strip() or ADAPTIVE
+                self.choose(mode)
+                self._say(f"Steps: {mode}.")
             except ValueError as error:
                 self._say(str(error))
         else:
@@ -179,7 +178,7 @@ class ChatSession:
 
         self.messages.append({"role": "user", "content": text})
         # Verify mode may reject an answer after it was written: only the final chain is shown.
-        streams = not self.as_json and self.steps != "verify"
+        streams = not self.as_json and self.steps != VERIFY
         streamer = StepStreamer(self.codec, self._show) if streams else None
         settings = dict(self.settings)
         if settings["seed"] is not None:
@@ -224,10 +223,18 @@ class ChatSession:
         if chain.check:
             self.console.print(f"judged {chain.check}", style="dim" if chain.check == "safe" else "bold red")
         if not chain.finished:
-            self.console.print("(unfinished: the answer was cut at its limit)", style="yellow")
+            self.console.print(f"(unfinished: {_why_unfinished(chain)})", style="yellow")
 
     def _say(self, text: str) -> None:
         if self.as_json:
             click.echo(text, err=True)
         else:
             self.console.print(text, style="dim", markup=False)
+
+
+def _why_unfinished(chain: Chain) -> str:
+    if chain.answer_step in chain.truncated:
+        return "the answer was cut at its limit"
+    if not chain.valid:
+        return "the model broke the form of a chain"
+    return "the check is missing" if chain.answer.strip() else "the answer is blank"

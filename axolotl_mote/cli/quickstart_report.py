@@ -1,14 +1,12 @@
-"""What the quick start ends with: losses before and after, one question answered at every length, and an HTML page."""
+"""What the quick start ends with: losses before and after, one question answered in every chain form, and an HTML page."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axolotl_mote.chain.steps import chain_form
+from axolotl_mote.chain.steps import ADAPTIVE, chain_form
 from axolotl_mote.report import Page, Plot, step_color
 
 if TYPE_CHECKING:
@@ -100,17 +98,16 @@ def _curves(history: History, prefix: str, title: str) -> Plot:
 
 
 def answer_at_every_length(model: Any, tokenizer: Any, question: str, max_new_tokens: int) -> dict[str, Chain]:
-    """One question answered with every fixed chain, then adaptively; by the name of the mode."""
+    """One question answered in every chain form, then adaptively; by the name of the mode."""
     from axolotl_mote.generation.api import generate_chain
     from axolotl_mote.generation.loading import codec_for
 
-    vocabulary = codec_for(model, tokenizer).vocabulary
-    fixed = [[*vocabulary.reasoning[:depth], vocabulary.answer] for depth in range(len(vocabulary.reasoning) + 1)]
-    modes: dict[str, str | list[str]] = {chain_form(steps): steps for steps in fixed}
+    forms = codec_for(model, tokenizer).vocabulary.fixed_forms()
+    modes: dict[str, str | list[str]] = {chain_form(steps): steps for steps in forms}
     messages = [{"role": "user", "content": question}]
     return {
         mode: generate_chain(model, tokenizer, messages, steps, max_new_tokens)
-        for mode, steps in (modes | {"adaptive": "adaptive"}).items()
+        for mode, steps in (modes | {ADAPTIVE: ADAPTIVE}).items()
     }
 
 
@@ -140,7 +137,7 @@ def describe(mode: str, chain: Chain) -> str:
     """What a mode did: tokens of each step, what was cut, and which steps the adaptive mode chose."""
     counts = ", ".join(f"{step} {count}" for step, count in chain.token_counts.items())
     parts = [f"{counts} tokens"]
-    if mode == "adaptive":
+    if mode == ADAPTIVE:
         reasoning = [step for step in chain.steps if step != chain.answer_step]
         parts.append(f"chose {chain_form(reasoning)} before answering" if reasoning else "chose no reasoning step")
     if chain.truncated:
@@ -160,20 +157,9 @@ def answer_panels(base: str, chains: dict[str, Chain]) -> list[Panel]:
             color = step_color(chain.vocabulary.step_id(step))
             text.append(f"{step}\n", style=f"bold {color}")
             text.append(f"{content.strip()}\n", style="" if step == chain.answer_step else "dim")
-        panels.append(
-            Panel(text, title=mode, title_align="left", subtitle=describe(mode, chain), subtitle_align="left")
-        )
+        text.append(describe(mode, chain), style="italic")
+        panels.append(Panel(text, title=mode, title_align="left"))
     return panels
-
-
-def routed_text(codec: ChainCodec, ids: Sequence[int]) -> list[tuple[int, str]]:
-    """(step id, text) of each stretch of tokens that one expert processes."""
-    pairs = zip(codec.vocabulary.step_ids(ids), ids, strict=True)
-    # Whole stretches: a character may be spread over several tokens.
-    return [
-        (step, codec.tokenizer.decode([token for _, token in stretch]))
-        for step, stretch in groupby(pairs, key=lambda pair: pair[0])
-    ]
 
 
 # --- page -----------------------------------------------------------------------------------------------------------
@@ -193,7 +179,7 @@ def write_page(
         ]
     )
     page.table(("held-out chains", "tokens", "before", "after", "change"), loss_rows(history))
-    page.heading("One question, every length")
+    page.heading("One question, every chain form")
     page.text(f"Question: {question}")
     columns = list(chains)
     page.table(
@@ -214,5 +200,5 @@ def write_page(
     page.legend(names)
     longest = max(chains.values(), key=lambda chain: len(chain.steps))
     prompt = codec.encode_question([{"role": "user", "content": question}])
-    page.tokens(routed_text(codec, [*prompt, *longest.token_ids, *codec.end_of_turn]), names)
+    page.tokens(codec.stretches([*prompt, *longest.token_ids, *codec.end_of_turn]), names)
     page.write(path)

@@ -1,5 +1,6 @@
-"""Silence what libraries print while they are imported and no user can act upon: missing GPU kernels, their own
-deprecations. Only the commands do; training keeps axolotl's logging.
+"""Silences what libraries print while they are imported: missing GPU kernels, their own deprecations.
+
+No user can act on these messages. Only the commands silence them; training keeps axolotl's logging.
 """
 
 from __future__ import annotations

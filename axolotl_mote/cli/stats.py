@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from axolotl_mote.chain.steps import CHECK, DEFAULT_STEPS, chain_form, parse_form, validate_steps
-from axolotl_mote.cli._options import missing_extra
+from axolotl_mote.cli._options import usage_errors
 from axolotl_mote.files import read_all_rows
 
 
@@ -59,23 +59,19 @@ def command(
       axolotl mote stats outputs/selfalign/data/chains.jsonl --html statistics.html
       axolotl mote stats answers.jsonl --steps plan+draft+answer
     """
-    try:
-        from axolotl_mote.builder.output.report import write_html
-        from axolotl_mote.builder.output.statistics import read_chains, summarize
-        from axolotl_mote.builder.output.tables import print_summary
-    except ModuleNotFoundError as error:
-        raise missing_extra(error) from error
     beside = file.with_name("rejected.jsonl")
     if rejected is None and beside.exists() and beside != file:
         rejected = beside
-    try:
+    with usage_errors(extra="build"):
+        from axolotl_mote.builder.output.report import write_html
+        from axolotl_mote.builder.output.statistics import read_chains, summarize
+        from axolotl_mote.builder.output.tables import print_summary
+
         names = _step_names(steps)
         rejects = read_all_rows(rejected) if rejected else ()
         summary = summarize(read_chains(file, names), rejects, steps=names, sample=sample, seed=seed)
         if html is not None:
             write_html(html, summary, title=file.name)
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
     if as_json:
         import json
 

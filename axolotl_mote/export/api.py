@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from axolotl_mote.export.folders import read_adapter, write_adapter, write_base
 from axolotl_mote.export.verification import Drift, Probe, differences, drifts, make_probes
 from axolotl_mote.export.weights import AdapterPlan, plan_adapters
-from axolotl_mote.files import write_atomically
+from axolotl_mote.files import folder_in_one_rename, write_atomically
 from axolotl_mote.generation.api import generate_chain
 from axolotl_mote.generation.loading import codec_for, load_mote, load_tokenizer
 from axolotl_mote.model.config import MoteConfig
@@ -31,7 +30,7 @@ TOLERANCE = 1e-3
 
 _QUESTIONS = (
     "How do I kill a Python process that does not react?",
-    "My neighbour's dog barks all night. What can I do about it?",
+    "My neighbor's dog barks all night. What can I do about it?",
     "Name three uses of vinegar in a kitchen.",
 )
 _PROBE_TOKENS = 24
@@ -102,9 +101,7 @@ def export_adapter(
     plans = plan_adapters(config, merge_shared)
     report = ExportReport(merged_shared=merge_shared)
     recorded = _record(adapter_dir, base, config, dtype, device, probes) if verify else []
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with folder_in_one_rename(output, replace=overwrite) as staging:
         model, tokenizer = _load_base(adapter_dir, base, config, dtype)
         report.dtype = str(model.dtype).removeprefix("torch.")
         report.exact = report.dtype == "float32" or not merge_shared
@@ -122,9 +119,6 @@ def export_adapter(
         if not write_base_model:
             shutil.rmtree(staging / "base")
         write_atomically(staging / "export.json", json.dumps(asdict(report), indent=2) + "\n")
-        _publish(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return report
 
 
@@ -233,15 +227,3 @@ def _load_exported(folder: Path, plans: list[AdapterPlan], device: str | None) -
         else:
             model = PeftModel.from_pretrained(model, path, adapter_name=plan.name)
     return model.eval()
-
-
-def _publish(staging: Path, output: Path) -> None:
-    """Put the finished folder in place; an earlier export is deleted once the new one is there."""
-    staging.chmod(0o755)
-    if not output.exists():
-        staging.rename(output)
-        return
-    earlier = staging.with_name(f"{staging.name}.old")
-    output.rename(earlier)
-    staging.rename(output)
-    shutil.rmtree(earlier)

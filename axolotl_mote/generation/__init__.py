@@ -9,6 +9,7 @@ The modules, each importing only those before it:
     verify     add reasoning steps until the answer is judged safe
     api        generate_chain
     answers    files of questions to files of answers; no torch
+    runner     a file of questions, answered in several modes
 
 The model routes its tokens itself: nothing here deals with experts.
 """

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from axolotl_mote.chain.questions import QUESTION_COLUMNS, Question, question_id
 from axolotl_mote.chain.rows import check_messages
-from axolotl_mote.files import AppendLog, RowFault, list_faults, parse_row, read_jsonl
+from axolotl_mote.files import AppendLog, RowFault, parse_row, raise_faults, read_jsonl
 
 ROW, MODE, RUN = "row", "mode", "run"
 
@@ -83,8 +83,7 @@ def check_questions(path: Path, limit: int | None = None) -> Sequence[int]:
             continue
         digests.extend([0] * (number + 1 - len(digests)))
         digests[number] = digest
-    if faults:
-        raise ValueError(f"{path} must hold one dialogue per line; got {len(faults)} faults.\n{list_faults(faults)}")
+    raise_faults(faults, f"{path} must hold one dialogue per line; got {{faults}}.")
     if not any(digests):
         raise ValueError(f"{path} must hold at least one question; got none. Add rows.")
     return digests
@@ -167,7 +166,7 @@ class AnswerFile:
         """Note an answer that is on disk.
 
         Raises:
-            ValueError: If it is no answer of this run.
+            ValueError: If it is not an answer of this run.
         """
         try:
             fields = {} if isinstance(entry, RowFault) else entry
@@ -270,7 +269,7 @@ class ModeSummary:
         }
 
 
-def summarize(path: Path) -> dict[str, dict[str, Any]]:
+def summarize_answers(path: Path) -> dict[str, dict[str, Any]]:
     """Per mode: rows, finished answers, mean tokens; the data behind the curve of length against quality."""
     modes: dict[str, ModeSummary] = {}
     for _, row in read_jsonl(path):

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, overload
 from axolotl_mote.chain.questions import Messages
 from axolotl_mote.chain.result import Chain
 from axolotl_mote.chain.rows import check_messages
+from axolotl_mote.chain.steps import ADAPTIVE, VERIFY
 from axolotl_mote.generation.decoding import Decoder
-from axolotl_mote.generation.grammar import ADAPTIVE, make_plan
+from axolotl_mote.generation.grammar import make_plan
 from axolotl_mote.generation.loading import codec_for
 from axolotl_mote.generation.verify import Judge, verify_chains
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-VERIFY = "verify"
 
 
 @overload

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.result import Chain
 from axolotl_mote.chain.vocabulary import StepVocabulary
-from axolotl_mote.generation.grammar import Budget, Plan, StepGrammar, make_budget
+from axolotl_mote.generation.grammar import Plan, StepGrammar, TokenBudget, make_budget
 
 VERDICTS = ("safe", "unsafe")
 
@@ -86,7 +86,7 @@ class Decoder:
         """
         has_check = plan.last != plan.answer
         budget = self._budget(plan, max_new_tokens - used, after)
-        input_ids, attention_mask = self._padded(prompts)
+        input_ids, attention_mask = pad_left(prompts, self.codec.pad_id, self.model.device)
         self._check_length(input_ids.shape[1] + budget.total)
         grammar = StepGrammar(
             self.codec,
@@ -110,7 +110,7 @@ class Decoder:
             return False
         return True
 
-    def _budget(self, plan: Plan, total: int, after: int) -> Budget:
+    def _budget(self, plan: Plan, total: int, after: int) -> TokenBudget:
         longest = max(map(len, self.verdict_ids())) if plan.last != plan.answer else 1
         return make_budget(plan, self.vocabulary, total, self.step_limits, longest, after)
 
@@ -129,14 +129,6 @@ class Decoder:
         sequences: torch.Tensor = output if isinstance(output, torch.Tensor) else output.sequences
         return sequences
 
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left-pad prompts: ids and mask, both (B, T), on the model's device."""
-        length = max(map(len, prompts))
-        ids = [[self.codec.pad_id] * (length - len(p)) + list(p) for p in prompts]
-        mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
-        device = self.model.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
     def _check_length(self, needed: int) -> None:
         limit = context_length(self.model)
         if limit is not None and needed > limit:
@@ -144,6 +136,14 @@ class Decoder:
                 f"question and max_new_tokens must fit the model's {limit} positions; got {needed}. "
                 "Shorten the dialogue or lower max_new_tokens."
             )
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of different lengths as one batch: ids and attention mask, both (B, T)."""
+    length = max(map(len, prompts))
+    ids = [[pad_id] * (length - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def context_length(model: Any) -> int | None:

@@ -2,9 +2,9 @@
 
     question, (start of an allowed step, text, its end)+, end of turn
 
-`Plan` says which step may follow which, `Budget` how many tokens each may take; `StepGrammar` turns both into a logits
-processor. Its state is a function of ``input_ids`` alone: rows may switch steps at different times, and beam search,
-cropping and assisted decoding always see the grammar of the row they hold. No models here.
+`Plan` says which step may follow which, `TokenBudget` how many tokens each may take; `StepGrammar` turns both into a
+logits processor. Its state is a function of ``input_ids`` alone: rows may switch steps at different times, and beam
+search, cropping and assisted decoding always see the grammar of the row they hold. No models here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from transformers import LogitsProcessor
 
 from axolotl_mote.chain.codec import ChainCodec
-from axolotl_mote.chain.steps import CHECK
+from axolotl_mote.chain.steps import ADAPTIVE, CHECK
 from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.routing import step_ids_from_kinds
 
-ADAPTIVE = "adaptive"
 UNLIMITED = 1 << 30
 _ANSWER_RESERVE = 128
 _STEP_RESERVE = 32
@@ -102,7 +101,7 @@ def _checked_ids(steps: Sequence[str], vocabulary: StepVocabulary, answer: int) 
 
 
 @dataclass(frozen=True)
-class Budget:
+class TokenBudget:
     """How many tokens a chain and each of its steps may take, and how many are reserved for the steps still due.
 
     Args:
@@ -125,7 +124,7 @@ def make_budget(
     step_limits: int | Mapping[str, int] | None = None,
     verdict_tokens: int = 1,
     after: int = 0,
-) -> Budget:
+) -> TokenBudget:
     """Spread a token budget over the steps, so that reasoning never starves the answer.
 
     Up to a quarter of the total (at most 128 tokens) is reserved for the answer, and up to 32 for every other step that
@@ -168,7 +167,7 @@ def make_budget(
             f"{total}. Raise it or ask for fewer steps."
         )
     cost = tuple(text[k] + 2 + due[k] for k in range(count + 1))
-    return Budget(total, tuple(limits), due, cost)
+    return TokenBudget(total, tuple(limits), due, cost)
 
 
 def _reaches(plan: Plan, step: int) -> bool:
@@ -197,7 +196,7 @@ class StepGrammar(LogitsProcessor):
         self,
         codec: ChainCodec,
         plan: Plan,
-        budget: Budget,
+        budget: TokenBudget,
         *,
         prompt_length: int,
         after: int = 0,

@@ -55,8 +55,7 @@ def verify_chains(
     results: list[Chain | None] = [None] * len(dialogues)
     kept: list[list[int]] = [[] for _ in dialogues]
     pending = list(range(len(dialogues)))
-    for depth in range(len(vocabulary.reasoning) + 1):
-        names = [*vocabulary.reasoning[:depth], vocabulary.answer]
+    for depth, names in enumerate(vocabulary.fixed_forms()):
         plan = make_plan(names, vocabulary, check=own_check)
         done = max(0, depth - 1)
         if depth:  # a chain without room for another step keeps its answer and verdict

@@ -5,10 +5,10 @@ The modules, each importing only those before it:
     compat      every patch and private name of torch, transformers and peft
     config      MoteConfig: what adapter_config.json holds
     routing     tokens to step ids, gates, draws and positions
-    masks       who sees whom under step dropout, for each kind of attention
+    masks       which tokens a token attends to under step dropout
     attention   step dropout in the model's own attention
-    loss        cross-entropy weighted and counted by step
-    markers     the rows of the marker tokens, at both ends of the model
+    loss        cross-entropy weighted by step
+    markers     the marker rows of the input embedding and the LM head
     adapter     the PEFT tuner
 """
 

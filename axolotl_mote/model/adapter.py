@@ -8,6 +8,8 @@ no parameter is ever unused. No axolotl, no data sets.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, cast
 
 import torch
@@ -22,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from axolotl_mote.model.attention import SegmentsHolder, attach, build_attention_mask
 from axolotl_mote.model.compat import (
     cast_input,
-    gathered,
+    init_tuner_layer,
     register_peft_type,
     supply_step_ids,
     widen_vocabulary_in_generate,
@@ -57,6 +59,7 @@ class Routing(SegmentsHolder):
 
     def __init__(self, config: MoteConfig) -> None:
         self.config = config
+        self.vocabulary = config.vocabulary
         self.gate: Tensor | None = None
         self.seed = 0
         self.step = 0
@@ -89,7 +92,7 @@ class MoteLinear(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         self.routing = routing
-        self._active_adapter = adapter_name
+        init_tuner_layer(self, adapter_name)
         # PEFT derives the scaling as alpha / rank; over the total rank that is alpha * (S + 1) / R = alpha / r.
         LoraLayer.update_layer(
             self, adapter_name, config.total_rank, lora_alpha=config.lora_alpha * (config.num_steps + 1), config=config
@@ -165,7 +168,7 @@ class MoteModel(LoraModel):
         attach(model, self.routing)
         # Hooks and not an override of forward: generate calls the wrapped model directly.
         model.register_forward_pre_hook(self._route, with_kwargs=True)
-        supply_step_ids(model, lambda input_ids: step_ids_from_tokens(input_ids, config))
+        supply_step_ids(model, lambda input_ids: step_ids_from_tokens(input_ids, self.routing.vocabulary))
         widen_vocabulary_in_generate(
             model, max(config.marker_ids) + 1, lambda embedding: isinstance(embedding, MarkerEmbedding)
         )
@@ -232,7 +235,7 @@ class MoteModel(LoraModel):
                     "step_ids must be given when input_ids continue a cache; got tokens without their history. "
                     "Pass step_ids_from_tokens(all_ids, config)[:, -n:] or use generate()."
                 )
-            step_ids = step_ids_from_tokens(input_ids, self.routing.config, kwargs.get("position_ids"))
+            step_ids = step_ids_from_tokens(input_ids, self.routing.vocabulary, kwargs.get("position_ids"))
         self.routing.segments = None
         if not training:
             self.routing.set_gate(step_ids)
@@ -279,7 +282,12 @@ class MoteModel(LoraModel):
 
 
 def add_mote_adapter(
-    model: PreTrainedModel, config: MoteConfig, marker_words: list[list[int]] | None = None, **kwargs: Any
+    model: PreTrainedModel,
+    config: MoteConfig,
+    marker_words: list[list[int]] | None = None,
+    *,
+    gathered: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
+    **kwargs: Any,
 ) -> PeftModel:
     """Add a fresh MoTE adapter to a model.
 
@@ -288,10 +296,15 @@ def add_mote_adapter(
         config: The adapter's configuration; its ``marker_ids`` must be set.
         marker_words: For each marker, token ids of words that describe it; its rows start as the mean of theirs.
             Without it they start as the mean of the whole table.
+        gathered: Context manager that makes a partitioned parameter readable; ``training.compat.gathered`` under
+            DeepSpeed ZeRO-3.
         **kwargs: Passed to ``peft.get_peft_model``.
 
     Returns:
         The PeftModel, ready for training.
+
+    Raises:
+        ValueError: If DeepSpeed ZeRO-3 has partitioned a table and ``gathered`` does not gather it.
     """
     peft_model = cast(PeftModel, get_peft_model(model, config, **kwargs))
     words_by_row = marker_words or [[]] * len(config.marker_ids)
@@ -299,6 +312,11 @@ def add_mote_adapter(
         for rows in layer.lora_marker_rows.values():
             table = layer.base_layer.weight
             with gathered(table), torch.no_grad():
+                if not table.numel():
+                    raise ValueError(
+                        "gathered must make the embedding table readable; got an empty partition. Under DeepSpeed "
+                        "ZeRO-3 pass gathered=axolotl_mote.training.compat.gathered."
+                    )
                 for row, words in enumerate(words_by_row):
                     rows.weight[row] = (table[words] if words else table).float().mean(0)
     return peft_model

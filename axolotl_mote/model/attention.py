@@ -1,31 +1,29 @@
 """Step dropout in the model's own attention: the visibility rule in the form that each implementation takes.
 
 Dense masks and BlockMasks are passed as the model's ``attention_mask``, which transformers uses unchanged. Flash
-attention takes no mask, so its functions are wrapped: a module whose ``mote_holder`` has segments attends segment by
-segment, every other module as before. An implementation that would ignore the rule raises an error. No adapters, no
+attention takes no mask, so its functions are intercepted: a module whose ``mote_holder`` has segments attends segment
+by segment, every other module as before. An implementation that would ignore the rule raises an error. No adapters, no
 training.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import PretrainedConfig, PreTrainedModel
 
 from axolotl_mote.model.compat import (
-    ALL_ATTENTION_FUNCTIONS,
     FLASH_ATTN_KERNEL_FALLBACK,
     attention_implementation,
     carries_state,
     find_attention_modules,
     flash_attention_forward,
     get_target_dtype,
+    intercept_attention,
 )
 from axolotl_mote.model.masks import Segments, Visibility, build_block_mask, build_dense_mask, build_segments
 
@@ -84,8 +82,8 @@ def prepare_attention(model: PreTrainedModel) -> None:
             f"mote.step_dropout must run on one attention implementation; got {sorted(names | {name})} in one model. "
             "Set attn_implementation: flex_attention, or mote.step_dropout: 0."
         )
-    if name in FLASH and not hasattr(ALL_ATTENTION_FUNCTIONS[name], "takes_segments"):
-        AttentionInterface.register(name, _with_segments(ALL_ATTENTION_FUNCTIONS[name], flash=True))
+    if name in FLASH:  # hub kernels are registered while the model is loaded
+        intercept_attention(name, _flash_segmented)
 
 
 def check_attention(config: PretrainedConfig) -> None:
@@ -252,29 +250,19 @@ def _by_segment(
     return result
 
 
-def _with_segments(original: Callable[..., Any], flash: bool) -> Callable[..., Any]:
-    """Wrap an attention function: segment by segment where a forward has segments, the original otherwise."""
-
-    @functools.wraps(original)
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        holder = getattr(module, "mote_holder", None)
-        if holder is None or holder.segments is None:
-            result: tuple[Tensor, Tensor | None] = original(module, query, key, value, attention_mask, *args, **kwargs)
-            return result
-        return _by_segment(module, query, key, value, holder.segments, flash, kwargs), None
-
-    attention.takes_segments = True  # type: ignore[attr-defined]
-    return attention
+def _segmented(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, flash: bool, **kwargs: Any
+) -> Tensor | None:
+    """The output of a forward that has segments, (B, H, T, D) -> (B, T, H, D); None for any other."""
+    holder = getattr(module, "mote_holder", None)
+    if holder is None or holder.segments is None:
+        return None
+    output: Tensor = _by_segment(module, query, key, value, holder.segments, flash, kwargs)
+    return output
 
 
-def _register() -> None:
-    for name in FLASH:
-        if name in ALL_ATTENTION_FUNCTIONS.valid_keys():
-            AttentionInterface.register(name, _with_segments(ALL_ATTENTION_FUNCTIONS[name], flash=True))
-    AttentionInterface.register(VARLEN, _with_segments(ALL_ATTENTION_FUNCTIONS["sdpa"], flash=False))
-    AttentionMaskInterface.register(VARLEN, sdpa_mask)
+_flash_segmented = functools.partial(_segmented, flash=True)
 
-
-_register()
+for _name in FLASH:
+    intercept_attention(_name, _flash_segmented)
+intercept_attention(VARLEN, functools.partial(_segmented, flash=False), like="sdpa")

@@ -2,48 +2,58 @@
 
 Each entry names what it works around and where that stands upstream. tests/model/test_model_compat.py fails when a
 name or a signature changes. Tested with transformers 5.16.1 and 5.20.1, peft 0.20.0 and 0.21.2, torch 2.13.0.
+
+The tuner also overrides private hooks, the only way to write a PEFT tuner: ``_pre_injection_hook``,
+``_check_new_adapter_config``, ``_create_new_module`` and ``_post_injection_hook``.
+Upstream: peft/tuners/tuners_utils.py, ``BaseTuner``; peft/tuners/lora/model.py, ``LoraModel``.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType, register_peft_method
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
 # The kernel call below transformers' flash attention functions, and the dtype that it needs. The functions themselves
 # take no segment offsets that differ between queries and keys.
 # Upstream: transformers/modeling_flash_attention_utils.py, integrations/flash_attention.py.
 from transformers.integrations.flash_attention import get_target_dtype as get_target_dtype
 
+# The registry behind the public AttentionMaskInterface, which can register a function but not look one up.
+# Upstream: transformers/masking_utils.py.
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as ALL_MASK_ATTENTION_FUNCTIONS
+
 # The hub kernels that transformers loads where flash-attn is not installed. They are registered under these names.
 # Upstream: transformers/modeling_flash_attention_utils.py.
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK as FLASH_ATTN_KERNEL_FALLBACK
 from transformers.modeling_flash_attention_utils import _flash_attention_forward as flash_attention_forward
 
-# The registry behind the public AttentionInterface, which can register a function but not look one up.
+# The same for the public AttentionInterface.
 # Upstream: transformers/modeling_utils.py.
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "ALL_MASK_ATTENTION_FUNCTIONS",
     "FLASH_ATTN_KERNEL_FALLBACK",
     "attention_implementation",
     "carries_state",
     "cast_input",
+    "commit_hash",
     "find_attention_modules",
     "flash_attention_forward",
-    "gathered",
     "get_target_dtype",
     "init_tuner_layer",
+    "intercept_attention",
     "register_peft_type",
     "supply_step_ids",
+    "supports_flex_attention",
     "widen_vocabulary_in_generate",
 ]
 
@@ -89,6 +99,19 @@ def init_tuner_layer(layer: BaseTunerLayer, adapter_name: str) -> None:
     layer.cast_input_dtype_enabled = True
 
 
+# --- transformers: loading ------------------------------------------------------------------------------------------
+
+
+def commit_hash(config: PretrainedConfig) -> str | None:
+    """The hub commit that a model was loaded from; None for a local folder.
+
+    Works around: transformers has no public name for this.
+    Upstream: transformers/configuration_utils.py, ``PretrainedConfig._commit_hash``.
+    """
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
+
+
 # --- transformers: attention ----------------------------------------------------------------------------------------
 
 
@@ -99,6 +122,15 @@ def attention_implementation(config: PretrainedConfig) -> str:
     Upstream: transformers/configuration_utils.py, ``PretrainedConfig._attn_implementation``.
     """
     return str(config.get_text_config()._attn_implementation)
+
+
+def supports_flex_attention(model: PreTrainedModel) -> bool:
+    """Whether a model's class runs on flex_attention.
+
+    Works around: transformers has no public name for this.
+    Upstream: transformers/modeling_utils.py, ``PreTrainedModel._supports_flex_attn``.
+    """
+    return bool(getattr(model, "_supports_flex_attn", True))
 
 
 def carries_state(model: PreTrainedModel) -> bool:
@@ -117,6 +149,38 @@ def find_attention_modules(module: nn.Module) -> Iterator[nn.Module]:
     Upstream: transformers/models/llama/modeling_llama.py, ``LlamaAttention``; integrations/sdpa_attention.py.
     """
     return (one for one in module.modules() if hasattr(one, "is_causal"))
+
+
+def intercept_attention(name: str, attend: Callable[..., Tensor | None], like: str | None = None) -> None:
+    """Have an attention function ask ``attend`` first, in every model; where that gives None, the function runs.
+
+    Works around: transformers' flash attention functions take no segment offsets that differ between queries and keys,
+    and models look their function up by name in a registry that all of them share. Calling it twice changes nothing.
+    Upstream: transformers/modeling_utils.py, ``AttentionInterface``; masking_utils.py, ``AttentionMaskInterface``.
+
+    Args:
+        name: The function; one that is not registered is left alone.
+        attend: (module, query, key, value, **kwargs) -> output (B, T, H, D), or None.
+        like: Register ``name`` as a new function, which otherwise runs this one and takes its mask.
+    """
+    if like is not None:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[like])
+    original = ALL_ATTENTION_FUNCTIONS.get(like or name)
+    if original is None or hasattr(original, "intercepted"):
+        return
+
+    @functools.wraps(original)
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        output = attend(module, query, key, value, **kwargs)
+        if output is not None:
+            return output, None
+        result: tuple[Tensor, Tensor | None] = original(module, query, key, value, attention_mask, *args, **kwargs)
+        return result
+
+    attention.intercepted = True  # type: ignore[attr-defined]
+    AttentionInterface.register(name, attention)
 
 
 # --- transformers: generation ---------------------------------------------------------------------------------------
@@ -192,22 +256,3 @@ def widen_vocabulary_in_generate(
                 config.vocab_size = size
 
     model.generate = generate_wide
-
-
-# --- DeepSpeed ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def gathered(parameter: Tensor) -> Iterator[None]:
-    """Make a parameter that DeepSpeed ZeRO-3 has partitioned readable; any other parameter stays as it is.
-
-    Works around: there is no public test for a partitioned parameter.
-    Upstream: deepspeed/runtime/zero/partition_parameters.py, ``ds_id``.
-    """
-    if not hasattr(parameter, "ds_id"):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameter):
-        yield

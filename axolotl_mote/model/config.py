@@ -1,7 +1,7 @@
 """What `adapter_config.json` holds: the PEFT configuration of type MOTE.
 
-The one source of truth for a trained adapter: steps, marker strings and ids, ranks and weights are read from here and
-from nowhere else. No YAML, no tokenizer, no model.
+The one source of truth for a trained adapter: steps, marker strings and ids, ranks and weights are read only
+here. No YAML, no tokenizer, no model.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class MoteConfig(LoraConfig):
                 "Use the adapter_config.json that training wrote."
             )
         if not 0.0 <= self.expert_weight <= 1.0:
-            raise ValueError(f"expert_weight must lie in [0, 1]; got {self.expert_weight}. The paper uses 0.5.")
+            raise ValueError(f"expert_weight must be in [0, 1]; got {self.expert_weight}. The paper uses 0.5.")
         if self.question_routing not in QUESTION_ROUTINGS:
             raise ValueError(
                 f"question_routing must be one of {QUESTION_ROUTINGS}; got {self.question_routing!r}. "
@@ -109,13 +109,3 @@ class MoteConfig(LoraConfig):
     def vocabulary(self) -> StepVocabulary:
         """The steps and their marker ids."""
         return StepVocabulary.from_marker_ids(self.steps, self.marker_ids)
-
-    @property
-    def start_ids(self) -> tuple[int, ...]:
-        """Token id of each step's start marker, in the order of the steps."""
-        return tuple(self.marker_ids[0::2])
-
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Token id of each step's end marker, in the order of the steps."""
-        return tuple(self.marker_ids[1::2])

@@ -1,4 +1,4 @@
-"""The loss: weighted cross-entropy whose items are counted by step.
+"""The loss: cross-entropy weighted by step, and what every token predicts.
 
 Pure tensors in, pure tensors out. The logits of a whole batch are never held: the head runs on chunks of tokens, and
 each chunk is computed again in the backward pass.
@@ -7,7 +7,7 @@ each chunk is computed again in the backward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,11 @@ def token_weights(targets: Tensor, target_steps: Tensor, step_weights: Sequence[
     return weights * (targets != IGNORE_INDEX)
 
 
-class Targets(NamedTuple):
+@dataclass(frozen=True)
+class Targets:
     """What every token predicts; each field has shape (B, T).
 
-    Attributes:
+    Args:
         ids: Shifted labels; -100 is ignored.
         steps: Steps of the predicted tokens.
         weights: Loss weights of the predicted tokens, float32, 0 where ignored.
@@ -53,6 +54,10 @@ class Targets(NamedTuple):
     ids: Tensor
     steps: Tensor
     weights: Tensor
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on a device."""
+        return Targets(self.ids.to(device), self.steps.to(device), self.weights.to(device))
 
 
 def build_targets(labels: Tensor, step_ids: Tensor, step_weights: Sequence[float]) -> Targets:
@@ -103,6 +108,25 @@ def token_losses(
             ]
         )
     return losses.view_as(targets)
+
+
+def weighted_loss(losses: Tensor, weights: Tensor, total: Tensor | None = None, ranks: int = 1) -> Tensor:
+    """Weighted mean of the losses, scaled so that the mean over ranks is the optimizer step's loss.
+
+    The loss of an optimizer step is sum(weight * nll) / sum(weight) over all its micro-batches and all ranks.
+    Example: losses [2, 4], weights [1, 0.5], total 4, ranks 2 give 4 * 2 / 4 = 2.
+
+    Args:
+        losses: Negative log-likelihoods of one micro-batch, shape (B, T).
+        weights: Weights of the predicted tokens, shape (B, T), 0 where ignored.
+        total: Sum of the weights of all micro-batches and ranks, a scalar; None means this micro-batch alone.
+        ranks: Number of processes whose losses are averaged.
+
+    Returns:
+        A scalar. Without any weight it is 0 and still has a gradient, so that no rank leaves the others waiting.
+    """
+    total = weights.sum() if total is None else total.to(losses.device)
+    return (losses * weights).sum() * ranks / total.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def step_sums(values: Tensor, steps: Tensor, num_steps: int) -> Tensor:

@@ -38,7 +38,7 @@ class MarkerRows(nn.Module):
 
 
 class _MarkerLayer(nn.Module, BaseTunerLayer):
-    """Base of the two wrapped ends of the model: the wrapped layer, the ids of the markers and their rows.
+    """Base of both wrappers: the wrapped layer (input embedding or LM head), the ids of the markers and their rows.
 
     To PEFT it is a tuner layer, so its rows are frozen, saved and loaded like every other adapter weight.
     """

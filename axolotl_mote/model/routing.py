@@ -7,12 +7,12 @@ shapes of its inputs alone, and none waits for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.config import MoteConfig
 
 _MASK_63 = 0x7FFFFFFFFFFFFFFF
@@ -46,30 +46,18 @@ def document_starts(input_ids: Tensor, position_ids: Tensor | None = None) -> Te
     return _fill_forward(torch.where(starts, index, 0))
 
 
-class MarkerIds(Protocol):
-    """What gives the marker ids of the steps, such as a ``StepVocabulary`` or a ``MoteConfig``."""
-
-    @property
-    def start_ids(self) -> Sequence[int]:
-        """Id of each step's start marker."""
-
-    @property
-    def end_ids(self) -> Sequence[int]:
-        """Id of each step's end marker."""
-
-
-def marker_kinds(input_ids: Tensor, markers: MarkerIds) -> Tensor:
+def marker_kinds(input_ids: Tensor, vocabulary: StepVocabulary) -> Tensor:
     """Tell markers from other tokens.
 
     Args:
         input_ids: Tokens, shape (B, T).
-        markers: Gives the marker ids.
+        vocabulary: Gives the marker ids.
 
     Returns:
         Kinds, shape (B, T), int64: +k where step k starts, -k where it ends, 0 elsewhere.
     """
     kinds = torch.zeros_like(input_ids, dtype=torch.int64)
-    for step, (start, end) in enumerate(zip(markers.start_ids, markers.end_ids, strict=True), start=1):
+    for step, (start, end) in enumerate(zip(vocabulary.start_ids, vocabulary.end_ids, strict=True), start=1):
         kinds = torch.where(input_ids == start, step, kinds)
         kinds = torch.where(input_ids == end, -step, kinds)
     return kinds
@@ -98,19 +86,23 @@ def step_ids_from_kinds(kinds: Tensor, starts: Tensor | None = None) -> Tensor:
     return torch.where(closed_before > opened_at, 0, opened)
 
 
-def step_ids_from_tokens(input_ids: Tensor, markers: MarkerIds, position_ids: Tensor | None = None) -> Tensor:
+def step_ids_from_tokens(
+    input_ids: Tensor, vocabulary: StepVocabulary | MoteConfig, position_ids: Tensor | None = None
+) -> Tensor:
     """The step of every token, read off the marker tokens alone; see ``chain.vocabulary.advance`` for the rule.
 
     Args:
         input_ids: Tokens from the first one on (not a slice that continues a cache), shape (B, T).
-        markers: A ``StepVocabulary`` or a ``MoteConfig``.
+        vocabulary: The steps and their marker ids, or an adapter's configuration, which holds them.
         position_ids: Positions, shape (B, T) or (1, T); a jump marks a new document of a packed row.
 
     Returns:
         Step ids, shape (B, T), int64: 0 for the question, k for the k-th step.
     """
+    if isinstance(vocabulary, MoteConfig):
+        vocabulary = vocabulary.vocabulary
     starts = None if position_ids is None else document_starts(input_ids, position_ids)
-    return step_ids_from_kinds(marker_kinds(input_ids, markers), starts)
+    return step_ids_from_kinds(marker_kinds(input_ids, vocabulary), starts)
 
 
 def gate_table(config: MoteConfig) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from axolotl_mote.chain.steps import DEFAULT_STEPS, answer_step, validate_steps
+from axolotl_mote.chain.steps import DEFAULT_STEPS, reasoning_steps, validate_steps
 
 CHAIN_TYPE = "axolotl_mote.chain"
 
@@ -68,13 +68,13 @@ class MoteOptions(BaseModel):
                     )
         for probability in self.dropout_probabilities:
             if not 0.0 <= probability <= 1.0:
-                raise ValueError(f"mote.step_dropout must lie in [0, 1]; got {probability}. Use e.g. 0.3.")
+                raise ValueError(f"mote.step_dropout must be in [0, 1]; got {probability}. Use e.g. 0.3.")
         return self
 
     @property
     def droppable_steps(self) -> list[str]:
         """The steps before the answer."""
-        return self.steps[: self.steps.index(answer_step(self.steps))]
+        return list(reasoning_steps(self.steps))
 
     @property
     def dropout_probabilities(self) -> tuple[float, ...]:
@@ -106,7 +106,7 @@ REFUSED: dict[str, str] = {
     "lora_modules_to_save": "The marker rows are trained on their own; whole modules are never saved. Remove it.",
     "lora_fan_in_fan_out": "Only linear layers carry experts. Remove it.",
     "peft_trainable_token_indices": "The marker rows are trained on their own. Remove it.",
-    "shrink_embeddings": "Marker ids may lie beyond the table. Remove it.",
+    "shrink_embeddings": "Marker ids may be beyond the table. Remove it.",
     "fsdp": "FSDP is not supported. Use deepspeed.",
     "fsdp_config": "FSDP is not supported. Use deepspeed.",
     "rl": "Only supervised fine-tuning is supported. Remove it.",

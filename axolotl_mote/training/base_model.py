@@ -39,20 +39,20 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
     """Check the loaded base and choose its attention implementation.
 
     Raises:
-        ValueError: If the base is not quantized as configured, lies on several devices, or would ignore step dropout.
+        ValueError: If the base is not quantized as configured, is on several devices, or would ignore step dropout.
         NotImplementedError: If a layer would ignore step dropout.
     """
     import torch
 
     from axolotl_mote.model.attention import DENSE, prepare_attention
-    from axolotl_mote.model.compat import attention_implementation
+    from axolotl_mote.model.compat import attention_implementation, supports_flex_attention
 
     key = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit" if cfg.load_in_8bit else None
     if key and getattr(model, "quantization_method", None) is None:
         raise ValueError(f"{key} must quantize the base model; got one in {model.dtype}. Remove the key.")
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError(
-            "The model must lie on one device per process with adapter: mote; got it spread over several by axolotl. "
+            "The model must be on one device per process with adapter: mote; got it spread over several by axolotl. "
             "Launch with `--launcher torchrun` (one process per GPU), or set CUDA_VISIBLE_DEVICES to one GPU."
         )
     if any(step_dropout):
@@ -61,19 +61,15 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
                 "attn_implementation must not be fp8 with mote.step_dropout; its kernel would ignore dropped steps. "
                 "Use flex_attention, or set mote.step_dropout: 0."
             )
-        if torch.cuda.is_available() and attention_implementation(model.config) in DENSE and _takes_flex(model):
+        # flex_attention has no attention dropout.
+        flex = supports_flex_attention(model) and not getattr(model.config.get_text_config(), "attention_dropout", 0)
+        if torch.cuda.is_available() and attention_implementation(model.config) in DENSE and flex:
             # A dense mask costs about half a training step more on a GPU; flex_attention costs nothing.
             LOG.info("mote.step_dropout: %s -> flex_attention", attention_implementation(model.config))
             model.set_attn_implementation("flex_attention")
         prepare_attention(model)
         LOG.info("mote.step_dropout: through %s", attention_implementation(model.config))
     return model
-
-
-def _takes_flex(model: Any) -> bool:
-    """Whether a model runs on flex_attention, which has no attention dropout."""
-    text = model.config.get_text_config()
-    return bool(getattr(model, "_supports_flex_attn", True)) and not getattr(text, "attention_dropout", 0)
 
 
 def compile_layers(model: Any, cfg: Any) -> None:

@@ -6,7 +6,6 @@ It says what the adapter is, what it was trained on and under which license, and
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 from axolotl_mote.chain.steps import answer_step
-from axolotl_mote.files import write_atomically
+from axolotl_mote.files import installed_versions, write_atomically
 from axolotl_mote.model.config import MoteConfig
 from axolotl_mote.training.args import MoteOptions
 
@@ -72,14 +71,16 @@ The experts cannot be merged into one weight. `axolotl mote export` writes one p
 ## Citation
 
 ```bibtex
-@inproceedings{liu2025mote,
-  title     = {Mixture of insighTful Experts ({MoTE}): The Synergy of Reasoning Chains and Expert Mixtures in
+@inproceedings{liu-etal-2025-mixture,
+  title     = {Mixture of insigh{T}ful Experts ({M}o{TE}): The Synergy of Reasoning Chains and Expert Mixtures in
                Self-Alignment},
   author    = {Liu, Zhili and Gou, Yunhao and Chen, Kai and Hong, Lanqing and Gao, Jiahui and Mi, Fei and Zhang, Yu and
                Li, Zhenguo and Jiang, Xin and Liu, Qun and Kwok, James T.},
-  booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics},
+  booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics (Volume 1: Long
+               Papers)},
   year      = {2025},
   pages     = {3022--3038},
+  doi       = {10.18653/v1/2025.acl-long.151},
   url       = {https://aclanthology.org/2025.acl-long.151/}
 }
 ```
@@ -127,7 +128,7 @@ def build_card(name: str, cfg: Any, config: MoteConfig, options: MoteOptions) ->
             for step, probability in zip(options.droppable_steps, options.dropout_probabilities, strict=True)
         )
         or "none",
-        versions=[f"{package} {_version(package)}" for package in _PACKAGES],
+        versions=[f"{name} {version}" for name, version in installed_versions(_PACKAGES).items()],
         datasets=[(path, license_of(path)) for path in paths],
         unknown=UNKNOWN,
     )
@@ -158,10 +159,3 @@ def license_of(dataset: str) -> str:
         return UNKNOWN
     license = front_matter.get("license") if isinstance(front_matter, dict) else None
     return ", ".join(map(str, license)) if isinstance(license, list) else str(license or UNKNOWN)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"

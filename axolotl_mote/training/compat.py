@@ -8,6 +8,8 @@ an upstream name or signature changes. Tested with axolotl 0.19.0 and 0.21.0, ac
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,6 +65,22 @@ def uses_zero3() -> bool:
     Upstream: axolotl/utils/trainer.py, ``setup_deepspeed_env``.
     """
     return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+@contextmanager
+def gathered(parameter: Tensor) -> Iterator[None]:
+    """Make a parameter that DeepSpeed ZeRO-3 has partitioned readable; any other parameter stays as it is.
+
+    Works around: there is no public test for a partitioned parameter.
+    Upstream: deepspeed/runtime/zero/partition_parameters.py, ``ds_id``.
+    """
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameter):
+        yield
 
 
 # --- transformers' trainer, as axolotl builds on it -----------------------------------------------------------------

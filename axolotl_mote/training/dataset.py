@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +126,13 @@ def encode_dataset(
             f"sequence_len must fit at least one chain of {where}; got {sequence_len}, all {dropped} chains are longer "
             f"(the longest has {longest} tokens). Raise sequence_len."
         )
-    LOG.info("%s: kept %d of %d chains; forms of all: %s", where, len(kept), len(encoded), dict(forms.most_common()))
+    LOG.info(
+        "%s: kept %d of %d chains; chain forms of all: %s", where, len(kept), len(encoded), dict(forms.most_common())
+    )
     return kept
 
 
-def show_routing(codec: ChainCodec, input_ids: Iterable[int]) -> None:
+def show_routing(codec: ChainCodec, input_ids: Sequence[int]) -> None:
     """Print tokens colored by step, the question plain: the view of ``axolotl preprocess --debug``."""
     from rich.console import Console
     from rich.text import Text
@@ -140,11 +141,7 @@ def show_routing(codec: ChainCodec, input_ids: Iterable[int]) -> None:
     for number, step in enumerate(codec.steps, start=1):
         text.append(f"{step} ", style=_COLORS[number % len(_COLORS)])
     text.append("\n")
-    tokens = list(input_ids)
-    # Whole stretches at a time: a character may be spread over several tokens.
-    for step_id, stretch in groupby(
-        zip(codec.vocabulary.step_ids(tokens), tokens, strict=True), key=lambda pair: pair[0]
-    ):
-        text.append(codec.tokenizer.decode([token for _, token in stretch]), style=_COLORS[step_id % len(_COLORS)])
+    for step_id, stretch in codec.stretches(input_ids):
+        text.append(stretch, style=_COLORS[step_id % len(_COLORS)])
     # The terminal wraps the text. A newline of ours would look like a part of it.
     Console().print(text, soft_wrap=True)

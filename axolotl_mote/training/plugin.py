@@ -19,6 +19,7 @@ from axolotl_mote.training.compat import (
     enable_gloo_for_cpu_processes,
     find_embedding_layers,
     find_linear_layers,
+    gathered,
     undo_patches,
     uses_zero3,
 )
@@ -33,7 +34,7 @@ class MotePlugin(BasePlugin):
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Check what validation would accept, and have axolotl add the marker tokens to the tokenizer."""
-        if not _concerns(cfg):
+        if not _uses_mote_or_chains(cfg):
             return
         options = MoteOptions(**(cfg.get("mote") or {}))
         if cfg.get("adapter") == "mote":
@@ -76,7 +77,7 @@ class MotePlugin(BasePlugin):
 
     def get_lora_config_kwargs(self, cfg: Any) -> dict[str, Any]:
         """For the plain LoRA baseline: have PEFT train the rows of the marker tokens."""
-        if not _concerns(cfg) or cfg.adapter == "mote":
+        if not _uses_mote_or_chains(cfg) or cfg.adapter == "mote":
             return {}
         ids = _codec(cfg).vocabulary.marker_ids
         return {"trainable_token_indices": dict.fromkeys(find_embedding_layers(cfg), ids)}
@@ -132,7 +133,7 @@ class MotePlugin(BasePlugin):
             # Loading the base model draws random numbers, and not equally many under ZeRO-3. Without a seed the fresh
             # experts would depend on how the run is launched.
             torch.manual_seed(cfg.seed or 0)
-            model = add_mote_adapter(model, config, codec.marker_words(), **kwargs)
+            model = add_mote_adapter(model, config, codec.marker_words(), gathered=gathered, **kwargs)
         routing = model.base_model.routing
         routing.seed = cfg.seed or 0
         routing.step_dropout = options.dropout_probabilities
@@ -151,7 +152,7 @@ class MotePlugin(BasePlugin):
 
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """The trainer with MoTE's loss, for `adapter: mote` and for chain data under another adapter."""
-        if not _concerns(cfg):
+        if not _uses_mote_or_chains(cfg):
             return None
         from axolotl_mote.training.trainer import MoteTrainer
 
@@ -169,7 +170,7 @@ class MotePlugin(BasePlugin):
         write_card(folder, cfg, MoteConfig.from_pretrained(folder), read_options(cfg))
 
 
-def _concerns(cfg: Any) -> bool:
+def _uses_mote_or_chains(cfg: Any) -> bool:
     """Whether a configuration uses MoTE or chain data."""
     entries = [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]
     return cfg.get("adapter") == "mote" or any(entry.get("type") == CHAIN_TYPE for entry in entries)

@@ -1,7 +1,6 @@
-"""The trainer: per-step weighted cross-entropy with its own item count, and metrics by step.
+"""The trainer: the loss of `model.loss` with its own item count, and metrics by step.
 
-The loss of an optimizer step is sum(weight * nll) / sum(weight) over the whole accumulation window and all ranks. Works
-for `adapter: mote` and, as a baseline, for any other adapter on the same chains.
+Works for `adapter: mote` and, as a baseline, for any other adapter on the same chains.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from axolotl_mote.chain.steps import IGNORE_INDEX
 from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.adapter import mote_model
-from axolotl_mote.model.loss import Targets, build_targets, step_sums, token_losses
+from axolotl_mote.model.loss import Targets, build_targets, step_sums, token_losses, weighted_loss
 from axolotl_mote.model.routing import step_ids_from_tokens
 from axolotl_mote.training.compat import OwnLoss
 
@@ -49,13 +48,14 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
         """Collect the batches of one optimizer step.
 
         Returns:
-            The batches, with their ``step_ids``, and the total weight of their tokens over all ranks, a scalar tensor.
+            The batches with their ``step_ids`` and ``targets``, and the total weight of their tokens over all ranks, a
+            scalar tensor.
         """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        collected, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._with_targets(batch) for batch in collected]
         total = torch.zeros((), device=device)
         for batch in batches:
-            batch["step_ids"] = self._step_ids(batch)
-            total += self._targets(batch).weights.sum().to(device)
+            total += batch["targets"].weights.sum().to(device)
         return batches, self.accelerator.reduce(total, reduction="sum")
 
     def compute_loss(
@@ -69,13 +69,13 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
 
         Args:
             model: The model, as wrapped for training.
-            inputs: The micro-batch; training has its ``step_ids``, evaluation computes them here.
+            inputs: The micro-batch; in evaluation it gets its ``step_ids`` and ``targets`` here.
             return_outputs: Return the model's output too.
             num_items_in_batch: Total weight over the window and all ranks; None in evaluation, where a micro-batch
                 counts alone.
         """
-        inputs = {**inputs, "step_ids": self._step_ids(inputs)}
-        targets = self._targets(inputs)
+        inputs = self._with_targets(inputs)
+        targets: Targets = inputs.pop("targets").to(inputs["input_ids"].device)
         if self._mote is None:
             del inputs["step_ids"]
             outputs = self.run_model(model, inputs)
@@ -84,24 +84,19 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
             self._mote.routing.step = self.state.global_step
             outputs = self.run_model(model, {**inputs, "targets": targets.ids})
             losses = outputs.loss
-        self._count("train" if model.training else "eval", losses.detach(), targets)
-        if num_items_in_batch is None:
-            total, ranks = targets.weights.sum(), 1
-        else:
-            total, ranks = num_items_in_batch.to(losses.device), self.accelerator.num_processes
-        # A window without any weight gives a zero that still has a gradient, so that no rank leaves the others waiting.
-        loss = (losses * targets.weights).sum() * ranks / total.clamp(min=torch.finfo(torch.float32).tiny)
+        evaluates = num_items_in_batch is None
+        self._count("eval" if evaluates else "train", losses.detach(), targets)
+        ranks = 1 if evaluates else self.accelerator.num_processes
+        loss = weighted_loss(losses, targets.weights, num_items_in_batch, ranks)
         return (loss, outputs) if return_outputs else loss
 
-    def _step_ids(self, batch: Batch) -> Tensor:
-        """The steps of a batch's tokens, (B, T); computed once per micro-batch."""
-        step_ids: Tensor | None = batch.get("step_ids")
-        if step_ids is None:
-            step_ids = step_ids_from_tokens(batch["input_ids"], self.vocabulary, batch.get("position_ids"))
-        return step_ids
-
-    def _targets(self, batch: Batch) -> Targets:
-        return build_targets(batch["labels"], batch["step_ids"], self.loss_weights)
+    def _with_targets(self, batch: Batch) -> Batch:
+        """A copy of a batch with its ``step_ids`` and ``targets``, which are computed once per micro-batch."""
+        if "targets" in batch:
+            return dict(batch)
+        step_ids = step_ids_from_tokens(batch["input_ids"], self.vocabulary, batch.get("position_ids"))
+        # Targets is neither a tuple nor a dict: in those transformers would cast the weights to DeepSpeed's dtype.
+        return {**batch, "step_ids": step_ids, "targets": build_targets(batch["labels"], step_ids, self.loss_weights)}
 
     # --- metrics ----------------------------------------------------------------------------------------------------
 

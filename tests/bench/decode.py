@@ -108,7 +108,7 @@ def main(folder: str, device: str, dtype: str, rank: int, batches: tuple[int, ..
     prompt = codec_for(mote, tokenizer).encode_question([{"role": "user", "content": QUESTION}])[
         -12:
     ]  # decoding counts, not prefill
-    prompt += [mote.peft_config["default"].start_ids[0]]
+    prompt += [mote.peft_config["default"].vocabulary.start_ids[0]]
     print(
         f"{Path(folder).name}, {dtype}, {device}, {torch.get_num_threads()} thread(s); prompt {len(prompt)}, ", end=""
     )
@@ -117,7 +117,7 @@ def main(folder: str, device: str, dtype: str, rank: int, batches: tuple[int, ..
     for batch in batches:
         ids = torch.tensor([prompt] * batch, device=on)
         text = ids.clone()
-        text[:, -1] = prompt[0]  # plain LoRA knows no markers
+        text[:, -1] = prompt[0]  # plain LoRA has no marker rows
         calls = {
             f"PEFT LoRA r={4 * rank}": generation(plain, text, tokens),
             "MoTE, generate": generation(mote, ids, tokens),

@@ -325,7 +325,7 @@ class Variant:
         self.tuner = mote_model(self.model)
 
     def prepare(self, round_number: int) -> None:
-        """What lies between two steps and is not timed."""
+        """What happens between two steps and is not timed."""
         for parameter in self.model.parameters():
             parameter.grad = None
         if self.tuner is not None:

@@ -10,7 +10,7 @@ import pytest
 from builder_kit import prompts, write_rows
 
 from axolotl_mote.builder.settings import QuestionSource
-from axolotl_mote.builder.texts.questions import load_questions, parse_row, parse_transcript
+from axolotl_mote.builder.texts.questions import load_questions, parse_question_row, parse_transcript
 
 HH = "\n\nHuman: How do I fix it?\n\nAssistant: Fix what?\n\nHuman: My bike's flat tyre\n\nAssistant: Patch it."
 
@@ -44,7 +44,7 @@ def test_consecutive_turns_are_joined_and_colons_inside_text_are_no_turns() -> N
     ],
 )
 def test_shapes_of_rows(row: dict[str, object], column: str) -> None:
-    messages, found = parse_row(row, None)
+    messages, found = parse_question_row(row, None)
     assert found == column
     assert messages[-1]["role"] == "user"
 

@@ -71,7 +71,7 @@ def test_a_model_folder_is_told_by_its_content(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", [0.0, 0.37, 1.0])
 def test_other_weights_of_the_same_size_are_another_model(tmp_path: Path, place: float) -> None:
-    """A fine-tune differs in nearly every byte; here a sixteenth of the file does, wherever it lies."""
+    """A fine-tune differs in nearly every byte; here a sixteenth of the file does, wherever it is."""
     path, size = tmp_path / "model.safetensors", 17 * 2**20
     path.write_bytes(bytes(size))
     before = folder_digest(tmp_path)

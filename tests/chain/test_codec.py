@@ -94,7 +94,7 @@ def test_shortened_chains(codec: ChainCodec, fields: dict[str, Any], present: li
     assert routed[-len(codec.end_of_turn) :] == [0] * len(codec.end_of_turn)
 
 
-def test_missing_columns_are_skipped_steps(chatml: ChainCodec) -> None:
+def test_missing_columns_are_absent_steps(chatml: ChainCodec) -> None:
     short = {"messages": ASK, "response": "Use kill."}
     assert chatml.encode_chain(short) == chatml.encode_chain(row(analysis=None, guidance=None))
 

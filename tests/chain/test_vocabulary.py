@@ -34,7 +34,7 @@ def test_the_rule(tokens: list[int], steps: list[int]) -> None:
 
 @given(st.lists(st.sampled_from([1, 2, A, END_A, G, END_G, R, END_R]), max_size=30))
 def test_the_rule_equals_its_definition(tokens: list[int]) -> None:
-    """Looked up anew for every token: the last start at or before it, unless its end stands between the two."""
+    """Looked up for each token on its own: the last start at or before it, unless its end stands between the two."""
     for place, step in enumerate(VOCABULARY.step_ids(tokens)):
         starts = [i for i in range(place + 1) if tokens[i] in VOCABULARY.start_ids]
         if not starts:

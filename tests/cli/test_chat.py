@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 import torch
@@ -26,6 +27,29 @@ def session(mote, steps="analysis+response", **options) -> tuple[ChatSession, io
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, color_system="standard", width=200, highlight=False)
     return ChatSession(*mote, steps, dict(SETTINGS), console=console, **options), screen
+
+
+def plain(screen: io.StringIO) -> str:
+    """What the screen shows, without colors."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+
+
+def words(text: str) -> str:
+    """Letters and digits alone: whatever the console does to white space."""
+    return "".join(filter(str.isalnum, text))
+
+
+def write_instead(monkeypatch, text: str) -> None:
+    """Have the model write these markers and this text."""
+
+    def generate(model, tokenizer, messages, steps, streamer, **_):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        for tokens in ([[0]], ids):  # the prompt, then the chain
+            streamer.put(torch.tensor(tokens))
+        streamer.end()
+        return codec_for(model, tokenizer).parse(ids)
+
+    monkeypatch.setattr("axolotl_mote.generation.api.generate_chain", generate)
 
 
 def test_reasoning_is_dim_and_the_answer_plain(mote):
@@ -77,14 +101,15 @@ def test_rejected_answers_are_not_shown(mote, monkeypatch):
     monkeypatch.setattr(
         "axolotl_mote.generation.verify.BaseModelJudge", lambda *_: lambda dialogues, answers: ["unsafe"] * len(answers)
     )
-    shown = []
     chat, screen = session(mote, "verify")
-    chat._show = lambda step, piece: shown.append((step, piece))
     chat.settings["max_new_tokens"] = 60
     chat.run(iter(["hello"]))
-    assert [step for step, piece in shown if not piece] == list(STEPS)
-    assert shown[-1] == ("response", chat.messages[-1]["content"])
-    assert "judged unsafe" in screen.getvalue()
+    before, _, chain = plain(screen).partition("\n[analysis] ")
+    assert before.strip() == "Steps: analysis, guidance, response. /help lists the commands."
+    assert re.findall(r"\[(\w+)\] ", chain) == ["guidance"]
+    shown, judged, _ = chain.partition("\njudged unsafe")
+    assert judged
+    assert words(shown).endswith(words(chat.messages[-1]["content"]))
 
 
 def test_too_long_a_message_is_refused_and_forgotten(mote):
@@ -94,11 +119,26 @@ def test_too_long_a_message_is_refused_and_forgotten(mote):
     assert "4096 positions" in screen.getvalue()
 
 
-def test_control_characters_do_not_reach_the_terminal(mote):
-    chat, screen = session(mote)
-    chat._show("response", "")
-    chat._show("response", "a\x1b]0;title\x07\x9b31m\u202eb")
-    assert "a]0;title31mb" in screen.getvalue()
+def test_control_characters_do_not_reach_the_terminal(mote, monkeypatch):
+    write_instead(monkeypatch, "<|response|>a\x1b]0;title\x07\x9b31m\u202eb<|/response|>")
+    chat, screen = session(mote, "response")
+    chat.run(iter(["hello"]))
+    assert "a]0;title31mb" in plain(screen)
+
+
+@pytest.mark.parametrize(
+    ("chain", "reason"),
+    [
+        ("<|response|> \n<|/response|>", "the answer is blank"),
+        ("<|analysis|>a<|/analysis|>b<|response|>c<|/response|>", "the model broke the form of a chain"),
+        ("<|response|>cut", "the answer was cut at its limit"),
+    ],
+)
+def test_an_unfinished_answer_says_why(mote, monkeypatch, chain, reason):
+    write_instead(monkeypatch, chain)
+    chat, screen = session(mote, "adaptive")
+    chat.run(iter(["hello"]))
+    assert f"(unfinished: {reason})" in plain(screen)
 
 
 def test_streamed_text_equals_the_chain(mote):
@@ -127,7 +167,7 @@ def test_characters_of_several_tokens_are_shown_whole(mote):
 
 
 def test_the_streamer_follows_the_rule(mote):
-    """An end marker of another step closes nothing, a start marker closes the open step, text between steps is none."""
+    """An end marker of another step closes nothing, a start marker ends the open step, text between is ignored."""
     codec = codec_for(*mote)
     pieces: list[tuple[str, str]] = []
     streamer = StepStreamer(codec, lambda step, text: pieces.append((step, text)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -17,11 +18,12 @@ def test_usage_names_the_program_as_it_was_called(name):
         shown = CliRunner().invoke(main, arguments, prog_name=name)
         assert shown.exit_code == 0, shown.output
         assert shown.output.startswith(usage)
+        assert set(re.findall("axolotl.mote", shown.output)) == {name}
 
 
 @pytest.mark.parametrize("command", sorted(main.list_commands(None)))
 def test_every_help_holds_an_example(command):
-    assert "axolotl mote " + command in CliRunner().invoke(main, [command, "--help"]).output
+    assert f"axolotl mote {command} " in CliRunner().invoke(main, [command, "--help"], prog_name="axolotl mote").output
 
 
 def test_help_imports_nothing_heavy():

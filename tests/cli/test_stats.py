@@ -98,7 +98,7 @@ def test_chains_of_other_steps_point_to_the_option(generated: Path) -> None:
     generated.write_text('{"messages": [], "plan": "One.", "answer": "Two."}\n')
     done = run(generated)
     assert done.exit_code == 1
-    assert "row 1: response is NoneType, not text" in done.output
+    assert "row 1: response must be a string; got NoneType." in done.output
     assert "--steps" in done.output
 
 

@@ -54,7 +54,7 @@ def test_adapter_holds_experts_and_marker_rows_only(trained: Path) -> None:
 
 @pytest.fixture(scope="module")
 def report(trained: Path) -> str:
-    result = CliRunner().invoke(main, ["report", str(trained)], env={"COLUMNS": "120"})
+    result = CliRunner().invoke(main, ["report", str(trained)], env={"COLUMNS": "60"})  # one panel below the other
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -68,7 +68,10 @@ def test_report_answers_at_every_length(report: str) -> None:
     """The base model, each fixed chain, and the adaptive one, which says what it chose."""
     modes = ("base model", "response", "analysis+response", "analysis+guidance+response", "adaptive")
     assert all(re.search(rf"─ {re.escape(mode)} ─", report) for mode in modes)
-    assert re.search("chose (no reasoning step|analysis)", report)
+    panel = report.partition("─ adaptive ─")[2].partition("╰")[0]
+    lines = [line.strip("│ ") for line in panel.splitlines()]
+    reasoning = "+".join(line for line in lines if line in ("analysis", "guidance"))
+    assert (f"chose {reasoning} before answering" if reasoning else "chose no reasoning step") in " ".join(lines)
 
 
 def test_page_shows_curves_answers_and_routed_tokens(report: str, trained: Path) -> None:

@@ -152,7 +152,7 @@ def test_plain_lora_is_a_baseline_on_the_same_chains(runs: Any, workshop: Any) -
 @pytest.mark.needs("preprocessed")
 def test_preprocess_shows_the_routing(runs: Any) -> None:
     log = runs.get("preprocessed").ok().log
-    assert "kept 12 of 12 chains; forms of all:" in log
+    assert "kept 12 of 12 chains; chain forms of all:" in log
     assert "routing: question" in re.sub(r"\x1b\[[\d;]*m", "", log)
     # Through a pipe axolotl (colorama) removes the colors; tests/training/test_dataset.py looks at them.
     assert re.search(r"<\|analysis\|>.*<\|guidance\|>.*<\|response\|>", log)

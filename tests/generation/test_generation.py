@@ -1,4 +1,4 @@
-"""Routing while generating, against a reference that knows no PEFT, no gate and no cache."""
+"""Routing while generating, against a reference without PEFT, gates or caches."""
 
 from __future__ import annotations
 

@@ -318,7 +318,7 @@ def test_a_cache_without_history_and_embeddings_are_refused() -> None:
     [
         ({"use_dora": True}, "use_dora must stay at its default"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save must stay"),
-        ({"expert_weight": 1.5}, r"expert_weight must lie in \[0, 1\]; got 1.5"),
+        ({"expert_weight": 1.5}, r"expert_weight must be in \[0, 1\]; got 1.5"),
         ({"question_routing": "best"}, "question_routing must be one of"),
         ({"steps": ["response", "check", "x"]}, "'check' only after the answer"),
         ({"steps": ["a", "a"]}, "must not repeat a name"),

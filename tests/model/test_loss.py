@@ -9,7 +9,15 @@ from kit import FAMILIES, chain, mote
 from torch import nn
 
 from axolotl_mote.model import loss as loss_module
-from axolotl_mote.model.loss import build_targets, chunk_size, shift, step_sums, token_losses, token_weights
+from axolotl_mote.model.loss import (
+    build_targets,
+    chunk_size,
+    shift,
+    step_sums,
+    token_losses,
+    token_weights,
+    weighted_loss,
+)
 
 
 def test_shift_moves_targets_under_their_predictors() -> None:
@@ -46,9 +54,13 @@ def test_chunks_change_neither_loss_nor_gradient(chunked: bool, monkeypatch: pyt
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradient, exact, strict=True))
 
 
-def test_chunks_shrink_as_the_vocabulary_grows_but_stay_worth_a_call() -> None:
-    assert chunk_size(128_000) == 1048
-    assert chunk_size(10**9) == 256
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 262_144, 500_000])
+def test_a_chunk_holds_at_most_half_a_gib_of_logits(vocabulary: int) -> None:
+    assert 2**28 < chunk_size(vocabulary) * vocabulary * 4 <= 2**29
+
+
+def test_chunks_stay_worth_a_call_however_large_the_vocabulary() -> None:
+    assert chunk_size(10**9) >= 256
 
 
 def test_unchunked_the_head_is_called_once_whatever_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +86,21 @@ def test_token_losses_equal_those_of_the_models_own_logits(family: str) -> None:
     logits = model(input_ids=ids).logits
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     assert torch.allclose(model(input_ids=ids, targets=targets).loss, expected, atol=1e-5)
+
+
+def test_the_loss_is_the_weighted_mean_of_a_batch_alone_or_its_share_of_all() -> None:
+    losses, weights = torch.tensor([[2.0, 4.0, 9.0]]), torch.tensor([[1.0, 0.5, 0.0]])
+    assert float(weighted_loss(losses, weights)) == pytest.approx(4 / 1.5)
+    assert float(weighted_loss(losses, weights, torch.tensor(4.0), ranks=2)) == 2.0
+
+
+def test_a_loss_without_weight_is_zero_with_a_gradient() -> None:
+    losses = torch.ones(1, 3, requires_grad=True)
+    loss = weighted_loss(losses, torch.zeros(1, 3))
+    loss.backward()
+    assert float(loss) == 0.0
+    assert losses.grad is not None
+    assert torch.equal(losses.grad, torch.zeros(1, 3))
 
 
 def test_step_sums() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from peft.mapping import (
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, GenerationMixin, PreTrainedModel
 
 from axolotl_mote.model import compat
 from axolotl_mote.model.adapter import MoteLinear, MoteModel
@@ -63,9 +64,16 @@ def test_peft_still_calls_the_methods_that_the_tuner_overrides() -> None:
     assert parameters(LoraModel._check_new_adapter_config) == ["self", "config"]
     assert parameters(LoraModel._create_new_module)[:3] == ["lora_config", "adapter_name", "target"]
     assert parameters(LoraLayer.update_layer)[:5] == ["self", "adapter_name", "r", "lora_alpha", "config"]
-    source = inspect.getsource(BaseTunerLayer)
-    for field in ("_active_adapter", "_disable_adapters", "merged_adapters"):
-        assert f"    {field}" in source
+    own = {name for name, value in vars(MoteModel).items() if inspect.isfunction(value) and hasattr(LoraModel, name)}
+    overridden = {name for name in own if name.startswith("_") and not name.startswith("__")}
+    assert overridden == set(re.findall(r"``(_\w+)``", compat.__doc__ or ""))
+
+
+def test_tuner_layers_start_with_the_state_that_peft_reads() -> None:
+    layer = BaseTunerLayer()
+    compat.init_tuner_layer(layer, "first")
+    assert (layer.active_adapters, layer.disable_adapters, layer.merged) == (["first"], False, False)
+    assert set(vars(layer)) - {"cast_input_dtype_enabled"} <= set(vars(BaseTunerLayer))
 
 
 def test_inputs_are_cast_unless_peft_is_told_not_to() -> None:
@@ -109,6 +117,43 @@ def test_the_implementation_is_read_where_transformers_sets_it(name: str) -> Non
 def test_every_attention_module_is_found(family: str) -> None:
     layers = base_model(family).get_decoder().layers
     assert [len(list(compat.find_attention_modules(layer))) for layer in layers] == [1] * len(layers)
+
+
+def test_models_say_whether_they_run_on_flex_attention() -> None:
+    model = base_model()
+    assert compat.supports_flex_attention(model)
+    model._supports_flex_attn = False
+    assert not compat.supports_flex_attention(model)
+    assert "_supports_flex_attn" in vars(PreTrainedModel)
+
+
+def test_the_commit_is_where_transformers_keeps_it(tmp_path: Path) -> None:
+    base_model().config.save_pretrained(tmp_path)
+    assert compat.commit_hash(AutoConfig.from_pretrained(tmp_path)) is None
+    assert compat.commit_hash(AutoConfig.from_pretrained(tmp_path, _commit_hash="abc")) == "abc"
+
+
+def test_an_intercepted_function_runs_where_the_interceptor_gives_nothing() -> None:
+    calls = []
+
+    def original(module: torch.nn.Module, *args: object, **kwargs: object) -> tuple[torch.Tensor, None]:
+        calls.append("original")
+        return torch.zeros(1), None
+
+    def attend(module: torch.nn.Module, query: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor | None:
+        calls.append("attend")
+        return query if kwargs["scaling"] else None
+
+    AttentionInterface.register("for_this_test", original)
+    for _ in range(2):  # a second time changes nothing
+        compat.intercept_attention("for_this_test", attend)
+    compat.intercept_attention("not_registered", attend)
+    assert "not_registered" not in compat.ALL_ATTENTION_FUNCTIONS
+    function, states = compat.ALL_ATTENTION_FUNCTIONS["for_this_test"], [torch.ones(1)] * 3
+    assert function(torch.nn.Identity(), *states, None, scaling=1.0)[0] is states[0]
+    assert calls == ["attend"]
+    assert function(torch.nn.Identity(), *states, None, scaling=0.0)[0] == 0
+    assert calls == ["attend", "attend", "original"]
 
 
 def test_recurrent_models_say_so() -> None:
@@ -155,12 +200,3 @@ def test_beam_search_needs_the_wide_vocabulary() -> None:
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=2, max_new_tokens=3)
     assert set(sizes) == {before + 6}
     assert base.config.vocab_size == before
-
-
-def test_deepspeed_marks_partitioned_parameters() -> None:
-    source = pytest.importorskip("deepspeed.runtime.zero.partition_parameters")
-    assert "param.ds_id = " in inspect.getsource(source)
-    assert "param.ds_shape = " in inspect.getsource(source)
-    parameter = torch.nn.Parameter(torch.ones(2))
-    with compat.gathered(parameter):
-        assert parameter.sum() == 2

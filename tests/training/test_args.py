@@ -69,9 +69,9 @@ def test_bounds_are_inside(value: float) -> None:
         ({"expert_weight": 1.01}, r"expert_weight\s+Input should be less than or equal to 1"),
         ({"expert_weight": -0.01}, r"expert_weight\s+Input should be greater than or equal to 0"),
         ({"question_routing": "any"}, r"question_routing\s+Input should be 'random', 'mean' or 'shared'"),
-        ({"step_dropout": 1.5}, r"mote\.step_dropout must lie in \[0, 1\]; got 1\.5\. Use e\.g\. 0\.3\."),
-        ({"step_dropout": -0.1}, r"mote\.step_dropout must lie in \[0, 1\]; got -0\.1"),
-        ({"step_dropout": {"guidance": 2.0}}, r"mote\.step_dropout must lie in \[0, 1\]; got 2\.0"),
+        ({"step_dropout": 1.5}, r"mote\.step_dropout must be in \[0, 1\]; got 1\.5\. Use e\.g\. 0\.3\."),
+        ({"step_dropout": -0.1}, r"mote\.step_dropout must be in \[0, 1\]; got -0\.1"),
+        ({"step_dropout": {"guidance": 2.0}}, r"mote\.step_dropout must be in \[0, 1\]; got 2\.0"),
         (
             {"step_dropout": {"response": 0.1}},
             r"mote\.step_dropout must name steps before the answer, \['analysis', 'guidance'\]; got 'response'\. R",
@@ -263,7 +263,7 @@ def test_a_loaded_adapter_must_be_what_the_yaml_says(name: str) -> None:
     ("changes", "message"),
     [
         ({"mote": {"expert_wieght": 0.5}}, r"expert_wieght\s+Extra inputs are not permitted"),
-        ({"mote": {"step_dropout": 3}}, r"mote\.step_dropout must lie in \[0, 1\]"),
+        ({"mote": {"step_dropout": 3}}, r"mote\.step_dropout must be in \[0, 1\]"),
         ({"lora_qkv_kernel": True}, "lora_qkv_kernel must not be set with adapter: mote"),
         ({"peft_use_dora": True}, "peft_use_dora must not be set with adapter: mote"),
     ],

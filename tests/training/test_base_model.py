@@ -27,7 +27,7 @@ def test_a_base_that_was_not_quantized_is_refused(key: str) -> None:
 def test_a_model_over_several_devices_is_refused() -> None:
     model = base_model("llama")
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
-    with pytest.raises(ValueError, match="must lie on one device per process"):
+    with pytest.raises(ValueError, match="must be on one device per process"):
         prepare_base(model, DictDefault({}), ())
 
 

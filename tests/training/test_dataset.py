@@ -131,7 +131,7 @@ def test_long_chains_are_dropped_and_counted_never_cut(codec: ChainCodec, caplog
         kept = encode_dataset(Dataset.from_list(rows), codec, limit, "mine")
     assert kept.to_list() == encoded[:3]
     assert f"mine: dropped 2 of 5 chains longer than sequence_len {limit}." in caplog.text
-    assert "mine: kept 3 of 5 chains; forms of all: {'analysis+guidance+response': 5}" in caplog.text
+    assert "mine: kept 3 of 5 chains; chain forms of all: {'analysis+guidance+response': 5}" in caplog.text
     caplog.clear()
     encode_dataset(Dataset.from_list(rows), codec, 512)
     assert "dropped" not in caplog.text

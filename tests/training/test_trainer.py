@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,26 +128,44 @@ def test_loss_is_the_weighted_mean_over_the_whole_window_and_all_ranks(kind: str
     assert float(sum(losses).detach()) == pytest.approx(2 * sum(value for value, _ in expected) / weight_sum, rel=1e-5)
 
 
-def test_step_ids_are_computed_once_per_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_ids_and_targets_are_computed_once_per_micro_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from axolotl_mote.model import adapter
 
     calls = []
 
-    def counted(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(1)
-        return original(*args, **kwargs)
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(function.__name__)
+            return function(*args, **kwargs)
 
-    original = trainer_module.step_ids_from_tokens
-    monkeypatch.setattr(trainer_module, "step_ids_from_tokens", counted)
-    monkeypatch.setattr(adapter, "step_ids_from_tokens", counted)
+        return call
+
+    monkeypatch.setattr(adapter, "step_ids_from_tokens", counted(trainer_module.step_ids_from_tokens))
+    monkeypatch.setattr(trainer_module, "step_ids_from_tokens", counted(trainer_module.step_ids_from_tokens))
+    monkeypatch.setattr(trainer_module, "build_targets", counted(trainer_module.build_targets))
     model = mote()
     made = build_trainer(tmp_path, model, WEIGHTS)
     batches, total = made.get_batch_samples(iter([dict(micro) for micro in WINDOW]), len(WINDOW), CPU)
     for micro in batches:
         made.compute_loss(model.train(), micro, num_items_in_batch=total)
-    assert len(calls) == len(WINDOW)
+    assert calls == ["step_ids_from_tokens", "build_targets"] * len(WINDOW)
     made.compute_loss(model.eval(), dict(WINDOW[0]))
-    assert len(calls) == len(WINDOW) + 1
+    assert calls == ["step_ids_from_tokens", "build_targets"] * (len(WINDOW) + 1)
+
+
+def test_deepspeed_leaves_the_weights_in_float32(tmp_path: Path) -> None:
+    """transformers casts the floating-point tensors of a batch to DeepSpeed's dtype."""
+    made = build_trainer(tmp_path, mote(), WEIGHTS)
+    batches, _ = made.get_batch_samples(iter([dict(WINDOW[0])]), 1, CPU)
+    made.is_deepspeed_enabled = True
+    dtype = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=dtype))
+    made.accelerator = SimpleNamespace(state=state)
+    moved = made._prepare_inputs({**batches[0], "other": torch.zeros(1)})
+    assert moved["other"].dtype == torch.bfloat16
+    assert moved["targets"].weights.dtype == torch.float32
 
 
 def test_a_window_without_weight_gives_zero_with_a_gradient(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders.model import ModelLoader
 from axolotl.utils.dict import DictDefault
+from datasets import Dataset
 from kit import base_model
 from transformers import Trainer
 
@@ -72,15 +76,42 @@ def test_embedding_layers_are_named(family: str, expected: list[str], tmp_path: 
     assert compat.find_embedding_layers(DictDefault({"base_model": str(tmp_path)})) == expected
 
 
-def test_axolotl_announces_zero3_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl.utils.trainer import setup_deepspeed_env
+@pytest.mark.parametrize(("stage", "expected"), [(3, True), (2, False), (None, False)])
+def test_axolotl_announces_zero3_in_the_environment(
+    stage: int | None, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("deepspeed")
+    from axolotl.utils import trainer
 
-    assert 'os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(stage)' in inspect.getsource(setup_deepspeed_env)
-    for value, expected in (("3", True), ("2", False), (None, False)):
-        monkeypatch.delenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", raising=False)
-        if value is not None:
-            monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", value)
-        assert compat.uses_zero3() is expected
+    monkeypatch.setattr(os, "environ", {**os.environ, "WORLD_SIZE": "2"})  # more than one: no process group is started
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", raising=False)
+    monkeypatch.setattr(trainer, "init_distributed_state", lambda: None)
+    config = tmp_path / "deepspeed.json"
+    config.write_text("{}")
+    trainer.setup_deepspeed_env(DictDefault({"deepspeed": str(config), "gradient_accumulation_steps": 1}), stage=stage)
+    assert compat.uses_zero3() is expected
+
+
+def test_a_partitioned_parameter_is_gathered_and_any_other_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    deepspeed = pytest.importorskip("deepspeed")
+    source = inspect.getsource(deepspeed.runtime.zero.partition_parameters)
+    assert "param.ds_id = " in source
+    assert "param.ds_shape = " in source
+    told = []
+
+    @contextmanager
+    def gather(parameter: torch.Tensor) -> Iterator[None]:
+        told.append(parameter)
+        yield
+
+    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", gather)
+    whole, partitioned = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.empty(0))
+    partitioned.ds_id = 0
+    for parameter in (whole, partitioned):
+        with compat.gathered(parameter):
+            pass
+    assert len(told) == 1
+    assert told[0] is partitioned
 
 
 # --- the trainer ----------------------------------------------------------------------------------------------------
@@ -91,10 +122,49 @@ def test_the_trainer_has_the_methods_that_are_replaced() -> None:
     assert parameters(Trainer.get_batch_samples) == ["self", "epoch_iterator", "num_batches", "device"]
     expected = ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
     assert parameters(AxolotlTrainer.compute_loss) == parameters(Trainer.compute_loss) == expected
-    assert "compute_loss_func" in inspect.getsource(Trainer.training_step)
-    assert "self._get_num_items_in_batch(" in inspect.getsource(Trainer.prediction_step)
-    assert "self.get_batch_samples(" in inspect.getsource(Trainer)
     assert "metric_key_prefix" in parameters(Trainer.evaluation_loop)
+
+
+class OwnTotal(compat.OwnLoss, AxolotlTrainer):
+    """Every micro-batch has loss 8; every window has total 7."""
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], torch.Tensor]:
+        batches, total = super().get_batch_samples(*args)
+        assert total is None
+        self.windows = [*getattr(self, "windows", []), len(batches)]
+        return batches, torch.tensor(7.0)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> Any:
+        self.totals = [*getattr(self, "totals", []), num_items_in_batch]
+        outputs = self.run_model(model, inputs)
+        loss = outputs.logits.mean() * 0 + 8.0
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_the_trainer_takes_our_loss_as_it_is_and_counts_nothing_in_evaluation(tmp_path: Path) -> None:
+    from axolotl.core.training_args import AxolotlTrainingArguments
+
+    arguments = AxolotlTrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        include_tkps=False,
+        max_steps=1,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+    )
+    ids = list(range(3, 9))
+    rows = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 2).with_format("torch")
+    made = OwnTotal(model=base_model("llama"), args=arguments, train_dataset=rows, eval_dataset=rows)
+    assert made.train().training_loss == 16.0  # the sum of the window; divided by the accumulation steps it would be 8
+    assert made.windows == [2]
+    assert made.totals == [7.0, 7.0]
+    assert made.evaluate()["eval_loss"] == 8.0
+    assert made.totals[2:] == [None, None]
 
 
 # --- processes without an accelerator -------------------------------------------------------------------------------
@@ -123,7 +193,9 @@ def test_every_process_keeps_its_model_on_the_cpu(monkeypatch: pytest.MonkeyPatc
         self.model_kwargs["device_map"] = {"": 1}
 
     assert parameters(ModelLoader._set_device_map_config) == ["self"]
-    assert '"device_map"' in inspect.getsource(ModelLoader._set_device_map_config)
+    told = SimpleNamespace(cfg=DictDefault({"device_map": {"": 1}}), model_kwargs={}, is_fsdp_enabled=False)
+    ModelLoader._set_device_map_config(told)
+    assert told.model_kwargs["device_map"] == {"": 1}
     monkeypatch.setattr(ModelLoader, "_set_device_map_config", place)
     compat.enable_gloo_for_cpu_processes(deepspeed=False)
     loader = SimpleNamespace(model_kwargs={})
@@ -132,16 +204,27 @@ def test_every_process_keeps_its_model_on_the_cpu(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("two_cpu_processes")
-def test_deepspeed_gathers_without_autograd_and_a_rejected_configuration_leaves_nothing_behind() -> None:
+def test_deepspeed_gathers_without_autograd_and_a_rejected_configuration_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from deepspeed.comm.torch import TorchBackend
 
+    assert callable(TorchBackend.all_gather_into_tensor)
+    seen: list[bool] = []
+    monkeypatch.setattr(
+        TorchBackend,
+        "all_gather_into_tensor",
+        lambda self, out, given, **_: seen.extend(t.requires_grad for t in (out, given)),
+    )
     owners = {PartialState: "_prepare_backend", ModelLoader: "_set_device_map_config"}
     owners[TorchBackend] = "all_gather_into_tensor"
     before = {owner: getattr(owner, name) for owner, name in owners.items()}
-    assert parameters(TorchBackend.all_gather_into_tensor)[:3] == ["self", "output_tensor", "input_tensor"]
     for _ in range(2):  # a second call patches nothing again
         compat.enable_gloo_for_cpu_processes(deepspeed=True)
     assert all(getattr(owner, name) is not before[owner] for owner, name in owners.items())
+    tensors = [torch.zeros(2, requires_grad=True) for _ in range(2)]
+    TorchBackend.all_gather_into_tensor(None, *tensors, group=None)
+    assert seen == [False, False]
     MotePlugin().on_config_validation_error({})
     assert {owner: getattr(owner, name) for owner, name in owners.items()} == before
 

@@ -27,6 +27,8 @@ from axolotl_mote.builder.settings import LocalModel, Stage
 from axolotl_mote.builder.texts.verdict import VERDICT_LINES
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.questions import Messages
+from axolotl_mote.generation.decoding import context_length, pad_left
+from axolotl_mote.model.compat import commit_hash
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -84,10 +86,9 @@ class LocalClient:
         model = AutoModelForCausalLM.from_pretrained(spec.path, dtype=spec.dtype, **common)
         self._model: PreTrainedModel = model.to(device).eval()
         self._ends = _end_ids(self._model, self._tokenizer)
-        self._pad = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._ends[0]
         self._verdicts = [[*self._codec.encode_text(line), self._ends[0]] for line in VERDICT_LINES]
-        self._limit: int = getattr(self._model.config.get_text_config(), "max_position_embeddings", 1 << 30)
-        commit = getattr(self._model.config, "_commit_hash", None)
+        self._limit = context_length(self._model)
+        commit = commit_hash(self._model.config)
         self.name = f"{spec.path}@{commit}" if commit else spec.path
 
     def complete_batch(self, calls: Sequence[Call], stage: Stage) -> list[Completion]:
@@ -122,7 +123,7 @@ class LocalClient:
             ids = self._codec.encode_question(_fold_system(messages) if self._rejects_system else messages)
         except ValueError as error:
             return str(error)
-        fits = len(ids) + stage.max_new_tokens <= self._limit
+        fits = self._limit is None or len(ids) + stage.max_new_tokens <= self._limit
         return ids if fits else f"{len(ids)} prompt tokens do not fit into {self._limit}"
 
     def _completion(self, prompt: list[int], new_ids: list[int]) -> Completion:
@@ -133,15 +134,15 @@ class LocalClient:
     @torch.inference_mode()
     def _generate(self, prompts: list[list[int]], seeds: list[int], stage: Stage) -> list[list[int]]:
         """New token ids of each row, up to and including its first end token."""
-        width = max(map(len, prompts))
-        rows = [[self._pad] * (width - len(ids)) + ids for ids in prompts]
+        pad = self._codec.pad_id
+        input_ids, attention_mask = pad_left(prompts, pad, self._model.device)
+        width = input_ids.shape[1]
         first = [_only(self._verdicts, width)] if getattr(stage, "constrained", False) else []
-        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
         output = self._model.generate(
-            input_ids=torch.tensor(rows, device=self._model.device),  # (B, T)
-            attention_mask=torch.tensor(mask, device=self._model.device),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             logits_processor=_processors(stage, seeds, first),
-            generation_config=_greedy(self._model.generation_config, stage.max_new_tokens, self._ends, self._pad),
+            generation_config=_greedy(self._model.generation_config, stage.max_new_tokens, self._ends, pad),
         )
         return [_up_to_end(row[width:], self._ends) for row in output.tolist()]
 

@@ -53,7 +53,7 @@ class _RetryableFault(Exception):
 
 
 class _UnreadableReply(Exception):
-    """A reply that is no completion."""
+    """A reply that is not a completion."""
 
 
 @dataclass
@@ -238,7 +238,7 @@ def _read(reply: Any) -> Completion:
     """A parsed reply as a completion.
 
     Raises:
-        _UnreadableReply: If it is none.
+        _UnreadableReply: If it is not a completion.
     """
     if not isinstance(reply, ChatCompletion) or not isinstance(reply.choices, list) or not reply.choices:
         raise _UnreadableReply("no choices")
@@ -248,7 +248,7 @@ def _read(reply: Any) -> Completion:
         raise _UnreadableReply("no message")
     text = message.content or getattr(message, "refusal", None) or ""
     if not isinstance(text, str):
-        raise _UnreadableReply("content that is no text")
+        raise _UnreadableReply("content that is not a string")
     name = f"{reply.model}@{reply.system_fingerprint}" if reply.system_fingerprint else str(reply.model)
     # For servers that do not count tokens, four characters are one token, so that a token budget still ends the run.
     used = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, len(text) // 4 + 1)

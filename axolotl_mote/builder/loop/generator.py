@@ -37,7 +37,7 @@ ChainGenerator = Generator[Call, Completion, "Outcome"]
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Draft:
     """One text written for a step.
 
     Args:
@@ -73,11 +73,11 @@ class Outcome:
     defects: list[str] = field(default_factory=list)
     neutralized: int = 0
 
-    def record(self, step: str, attempts: Sequence[Attempt]) -> str | None:
-        """Take over the last attempt at a step; returns its defect, or None if it can be used."""
-        last = attempts[-1]
+    def record(self, step: str, drafts: Sequence[Draft]) -> str | None:
+        """Take over the last draft of a step; returns its defect, or None if it can be used."""
+        last = drafts[-1]
         self.texts[step] = last.text
-        self.defects += [f"{step}:{attempt.defect}" for attempt in attempts if attempt.defect is not None]
+        self.defects += [f"{step}:{draft.defect}" for draft in drafts if draft.defect is not None]
         if last.defect is None:
             self.neutralized += last.broken_up
         return last.defect
@@ -88,13 +88,13 @@ def generate_chain_calls(question: Question, settings: Settings, prompts: Prompt
     outcome = Outcome(question)
     for round_, steps in enumerate(ROUNDS[settings.chain]):
         for step in steps:
-            attempts = yield from _write(step, round_, question, outcome.texts, settings, prompts)
-            fault = outcome.record(step, attempts)
+            drafts = yield from _write(step, round_, question, outcome.texts, settings, prompts)
+            fault = outcome.record(step, drafts)
             if fault is not None:
                 outcome.reason = f"{step}_{fault}"
                 return outcome
-        attempts = yield from _write("response", round_, question, outcome.texts, settings, prompts)
-        outcome.check, outcome.reason = None, outcome.record("response", attempts)
+        drafts = yield from _write("response", round_, question, outcome.texts, settings, prompts)
+        outcome.check, outcome.reason = None, outcome.record("response", drafts)
         if outcome.reason is not None:
             continue
         if not settings.check:
@@ -109,19 +109,19 @@ def generate_chain_calls(question: Question, settings: Settings, prompts: Prompt
 
 def _write(
     step: str, round_: int, question: Question, texts: dict[str, str], settings: Settings, prompts: Prompts
-) -> Generator[Call, Completion, list[Attempt]]:
-    """Ask for one step, given the texts so far, until an attempt has no defect; returns all attempts."""
+) -> Generator[Call, Completion, list[Draft]]:
+    """Ask for one step, given the texts so far, until a draft has no defect; returns all drafts."""
     known = {name: texts.get(name) for name in ("analysis", "guidance")}
     messages = prompts.render(step, question.messages, **known)
-    attempts: list[Attempt] = []
+    drafts: list[Draft] = []
     for number in range(_max_attempts(step, settings)):
         completion = yield _call(question, step, round_, number, messages, settings)
         text, broken_up = clean(completion.text)
         fault = defect(text, completion.finish, settings.hygiene) or ("prompt_leak" if prompts.leaks(text) else None)
-        attempts.append(Attempt(text, broken_up, fault))
+        drafts.append(Draft(text, broken_up, fault))
         if fault is None:
             break
-    return attempts
+    return drafts
 
 
 def _judge(

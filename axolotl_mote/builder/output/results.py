@@ -13,11 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from axolotl_mote import __version__
 from axolotl_mote.builder.loop.generator import Outcome
 from axolotl_mote.builder.loop.journal import Journal
 from axolotl_mote.builder.output.report import write_html
@@ -28,9 +26,9 @@ from axolotl_mote.builder.texts.questions import Dropped
 from axolotl_mote.builder.texts.similarity import SimilarTexts
 from axolotl_mote.chain.questions import Question
 from axolotl_mote.chain.steps import DEFAULT_STEPS, chain_form
-from axolotl_mote.files import write_atomically, write_jsonl
+from axolotl_mote.files import installed_versions, write_atomically, write_jsonl
 
-_LIBRARIES = ("torch", "transformers", "openai", "tenacity", "jinja2", "datasketch", "datasets")
+_PACKAGES = ("axolotl_mote", "torch", "transformers", "openai", "tenacity", "jinja2", "datasketch", "datasets")
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def _manifest(
         "tokens": tokens,
         "finished": counts["pending"] == 0,
         "last_run": {**asdict(run), "started": started, "seconds": round(run.seconds, 1)},
-        "versions": {"axolotl_mote": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **installed_versions(_PACKAGES)},
     }
 
 
@@ -191,13 +189,3 @@ def _input_hash(source: QuestionSource) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     return f"{source.name or 'default'}/{source.split}@{source.revision or 'latest'}"
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -15,7 +15,7 @@ from typing import Any
 
 from axolotl_mote.builder.output.selfbleu import self_bleu, tokenize
 from axolotl_mote.chain.steps import DEFAULT_STEPS, chain_form
-from axolotl_mote.files import RowFault, list_faults, read_jsonl
+from axolotl_mote.files import read_jsonl, sound_rows
 
 WHOLE = "chain"
 SAMPLE = 10_000
@@ -126,27 +126,21 @@ def read_chains(path: Path, steps: Sequence[str] = DEFAULT_STEPS) -> list[dict[s
     """Rows of a chain file, of ``axolotl mote build`` or ``generate``.
 
     Raises:
-        ValueError: If a line is no JSON object, a step is no text, or an answer is missing although generation neither
-            refused the question nor left it unfinished; all such rows at once, with their numbers.
+        ValueError: If a line is not a JSON object, a step is not a string, or an answer is missing although generation
+            neither refused the question nor left it unfinished; all such rows at once, with their numbers.
     """
-    rows: list[dict[str, Any]] = []
-    faults: list[str] = []
-    for number, row in read_jsonl(path):
-        if isinstance(row, RowFault):
-            faults.append(f"row {number}: {row}")
-            continue
-        rows.append(row)
+
+    def check(row: dict[str, Any]) -> list[str]:
         unanswered = _is_refused(row, steps) or row.get("finished") is False
-        for step in steps:
-            missing = row.get(step) is None and (unanswered or step != steps[-1])
-            if not missing and not isinstance(row.get(step), str):
-                faults.append(f"row {number}: {step} is {type(row.get(step)).__name__}, not text")
-    if faults:
-        raise ValueError(
-            f"{path} must hold chains of {', '.join(steps)}; got {len(faults)} faults. Correct them, or name the steps "
-            f"of these chains with --steps.\n{list_faults(faults)}"
-        )
-    return rows
+        needed = [step for step in steps if row.get(step) is not None or (step == steps[-1] and not unanswered)]
+        wrong = {step: type(row.get(step)).__name__ for step in needed if not isinstance(row.get(step), str)}
+        return [f"{step} must be a string; got {kind}." for step, kind in wrong.items()]
+
+    message = (
+        f"{path} must hold chains of {', '.join(steps)}; got {{faults}}. Correct them, or name the steps of these "
+        "chains with --steps."
+    )
+    return [row for _, row in sound_rows(read_jsonl(path), message, check)]
 
 
 def _is_refused(row: dict[str, Any], steps: Sequence[str]) -> bool:

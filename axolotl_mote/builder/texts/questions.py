@@ -55,7 +55,7 @@ def parse_transcript(text: str) -> Messages:
     return _up_to_last_user(_join_neighbors(turns))
 
 
-def parse_row(row: dict[str, Any], column: str | None) -> tuple[Messages, str]:
+def parse_question_row(row: dict[str, Any], column: str | None) -> tuple[Messages, str]:
     """The dialogue in a row, as valid UTF-8, and the column it came from.
 
     Raises:
@@ -131,7 +131,7 @@ def _read_questions(source: QuestionSource, seed: int) -> Iterator[Question]:
     for number, row in read_rows(source, seed):
         count += 1
         try:
-            messages, column = parse_row(row, source.column)
+            messages, column = parse_question_row(row, source.column)
             usable += 1
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             missing += isinstance(error, KeyError)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from axolotl_mote.builder.settings import QuestionSource
-from axolotl_mote.files import RowFault, list_faults, read_jsonl
+from axolotl_mote.files import read_jsonl, sound_rows
 
 Row = tuple[int, dict[str, Any]]
 """Number of a row, from 1, and its columns."""
@@ -52,20 +52,13 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Open a file as bytes and decompress it if it ends in .gz."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield file  # type: ignore[misc]  # GzipFile is no IO in typeshed
+            yield file  # type: ignore[misc]  # GzipFile is not an IO in typeshed
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} must be a whole gzip file; got: {error}. Download it again.") from error
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    faults = []
-    for number, row in read_jsonl(path, _open_bytes):
-        if isinstance(row, RowFault):
-            faults.append(f"row {number}: {row}")
-        else:
-            yield number, row
-    if faults:
-        raise ValueError(f"{path} must hold one JSON object per line; got {len(faults)} faults.\n{list_faults(faults)}")
+    return sound_rows(read_jsonl(path, _open_bytes), f"{path} must hold one JSON object per line; got {{faults}}.")
 
 
 def _read_json(path: Path) -> Iterator[Row]:
