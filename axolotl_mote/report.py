@@ -31,7 +31,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { padding: .2rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; }
+td.text, th.text { text-align: left; }
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
@@ -113,13 +113,13 @@ class Page:
     def table(self, head: Sequence[str], rows: Iterable[Sequence[object]], text_columns: Iterable[int] = ()) -> None:
         """Add a table: the first column and ``text_columns`` are aligned left, all others right."""
         left = set(text_columns)
-        lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
-        for row in rows:
-            cells = [
-                f'<td class="text">{escape(str(cell))}</td>' if number in left else f"<td>{escape(str(cell))}</td>"
-                for number, cell in enumerate(row)
-            ]
-            lines.append("<tr>" + "".join(cells) + "</tr>")
+
+        def line(tag: str, cells: Sequence[object]) -> str:
+            sides = (' class="text"' if number in left else "" for number in range(len(cells)))
+            made = (f"<{tag}{side}>{escape(str(cell))}</{tag}>" for side, cell in zip(sides, cells, strict=True))
+            return "<tr>" + "".join(made) + "</tr>"
+
+        lines = [line("th", head), *(line("td", row) for row in rows)]
         self._parts.append("<table>\n" + "\n".join(lines) + "\n</table>")
 
     def counts(self, title: str, counts: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""What the quick start ends with: losses before and after, one question answered in every chain form, and an HTML page."""
+"""What the quick start ends with: losses before and after, one question in every chain form, an HTML page."""
 
 from __future__ import annotations
 
