@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,15 @@ def test_kill_9_at_20_random_moments_loses_nothing_and_repeats_nothing(tmp_path:
     assert result["kept"] > 5
 
 
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """A shell without job control starts its background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_keeps_what_was_done(make_settings: Make, serve: Serve, tmp_path: Path) -> None:
     def interrupt(body: dict[str, Any], number: int) -> Reply:
         if number <= 20:
