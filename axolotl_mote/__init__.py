@@ -64,6 +64,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
+        if not _EXPORTS[name].startswith("chain."):
+            import_module("peft")  # before any module of ours: threads then take the import locks in one order
         return getattr(import_module(f"axolotl_mote.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'axolotl_mote' has no attribute {name!r}")
 

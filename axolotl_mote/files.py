@@ -66,6 +66,8 @@ def parse_row(line: bytes) -> dict[str, Any] | RowFault:
         return RowFault(f"the line must be UTF-8; got byte {error.object[error.start]:#x}. Convert the file.")
     except json.JSONDecodeError as error:
         return RowFault(f"the line must be JSON; got {error.msg} at column {error.colno}. Correct the line.")
+    except ValueError as error:  # a number of thousands of digits
+        return RowFault(f"the line must be JSON; got: {error}. Correct the line.")
     except RecursionError:
         return RowFault("the line must be JSON; got brackets that are nested too deeply. Correct the line.")
     if not isinstance(row, dict):
@@ -140,12 +142,17 @@ def json_line(row: dict[str, Any]) -> bytes:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one rename, synced to disk first. Unpaired surrogates become "?"."""
+    path = path.resolve()  # a link stays a link
+    path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.tmp")
-    with staging.open("wb") as file:
-        file.write(text.encode("utf-8", "replace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, path)
+    try:
+        with staging.open("wb") as file:
+            file.write(text.encode("utf-8", "replace"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -172,10 +179,18 @@ def folder_in_one_rename(path: Path, *, replace: bool = False) -> Iterator[Path]
     try:
         yield staging
         staging.chmod(0o755)
-        if replace and path.exists():
+        if replace and (path.exists() or path.is_symlink()):
             path.rename(earlier)
-        staging.rename(path)
-        shutil.rmtree(earlier, ignore_errors=True)
+        try:
+            staging.rename(path)
+        except OSError:
+            if earlier.exists() or earlier.is_symlink():
+                earlier.rename(path)
+            raise
+        if earlier.is_dir() and not earlier.is_symlink():
+            shutil.rmtree(earlier, ignore_errors=True)
+        else:
+            earlier.unlink(missing_ok=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -183,21 +198,25 @@ def folder_in_one_rename(path: Path, *, replace: bool = False) -> Iterator[Path]
 class AppendLog:
     """A JSONL file that one process at a time appends to, and that survives being killed.
 
-    Opening takes the lock and cuts off a last line without its newline (the process died while writing it). ``append``
-    writes whole lines and returns once they are on disk; if the disk is full, no partial line remains.
+    Opening takes the lock and changes nothing. A last line without its newline is torn: the process died while writing
+    it. ``lines`` leaves it out; ``cut_torn_line`` or the first ``append`` cuts it off, once the caller knows that the
+    file is its own. ``append`` writes whole lines and returns once they are on disk; if the disk is full, no partial
+    line remains.
 
     Args:
         path: The file; created with its folder if missing.
+        begins: How every file of this kind begins.
         clear: Empty it, once it is locked.
 
     Attributes:
-        torn: Whether a torn last line was cut off.
+        torn: Whether the last line is torn.
 
     Raises:
         FileInUseError: If another process holds the file.
+        ValueError: If the file holds nothing but a torn line that does not begin like one of this kind.
     """
 
-    def __init__(self, path: Path, *, clear: bool = False) -> None:
+    def __init__(self, path: Path, *, begins: bytes = b"", clear: bool = False) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -205,15 +224,29 @@ class AppendLog:
             self._lock()
             if clear:
                 os.ftruncate(self._fd, 0)
-            self.torn = self._cut_torn_line()
+            size = os.fstat(self._fd).st_size
+            self._end = self._end_of_whole_lines(size)
+            self.torn = self._end < size
+            if self.torn and not self._end and not begins.startswith(os.pread(self._fd, len(begins), 0)):
+                raise ValueError(f"{path} must be a file that this command wrote; got other content. Move the file.")
         except BaseException:
             self.close()
             raise
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """The lines on disk with their numbers, from 1."""
+        """The whole lines on disk with their numbers, from 1."""
+        read = 0
         with self.path.open("rb") as file:
-            yield from enumerate(file, start=1)
+            for number, line in enumerate(file, start=1):
+                read += len(line)
+                if read > self._end:
+                    return
+                yield number, line
+
+    def cut_torn_line(self) -> None:
+        """Cut off a torn last line, if there is one."""
+        if os.fstat(self._fd).st_size > self._end:
+            os.ftruncate(self._fd, self._end)
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows, one line each, and wait until they are on disk.
@@ -222,14 +255,16 @@ class AppendLog:
             OSError: If they cannot be written; the file is then as it was.
         """
         data = memoryview(b"".join(map(json_line, rows)))
-        size = os.fstat(self._fd).st_size
+        end = self._end + len(data)
+        self.cut_torn_line()
         try:
             while data:
                 data = data[os.write(self._fd, data) :]
             os.fsync(self._fd)
         except OSError:
-            os.ftruncate(self._fd, size)
+            os.ftruncate(self._fd, self._end)
             raise
+        self._end = end
 
     def close(self) -> None:
         """Release the file; safe to call twice."""
@@ -253,20 +288,15 @@ class AppendLog:
                 f"{self.path} must be used by one process at a time; another one holds it. Wait for it."
             ) from None
 
-    def _cut_torn_line(self) -> bool:
-        """Truncate the file behind its last newline."""
-        size = end = os.fstat(self._fd).st_size
+    def _end_of_whole_lines(self, end: int) -> int:
+        """Offset behind the last newline before an offset."""
         while end:
             start = max(0, end - _SCAN_BLOCK)
             newline = os.pread(self._fd, end - start, start).rfind(b"\n")
             if newline >= 0:
-                end = start + newline + 1
-                break
+                return start + newline + 1
             end = start
-        if end == size:
-            return False
-        os.ftruncate(self._fd, end)
-        return True
+        return 0
 
 
 # --- digests and versions -------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ class Page:
 
     def counts(self, title: str, counts: dict[str, int]) -> None:
         """Add a section with a table of counts, their shares, and a bar for each."""
-        total = sum(counts.values())
+        total = sum(counts.values()) or 1
         self.heading(title)
         rows = []
         for name, count in counts.items():

@@ -200,3 +200,78 @@ def test_another_model_has_another_digest(tmp_path: Path) -> None:
     second = folder_digest(tmp_path)
     (tmp_path / "config.json").write_text("{ }")
     assert len({first, second, folder_digest(tmp_path)}) == 3
+
+
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    """Neither its torn last line nor a single line without a newline is cut off before the caller accepts the file."""
+    path = tmp_path / "mine.json"
+    path.write_bytes(b'{"precious": "no newline"}')
+    with pytest.raises(ValueError, match=r"mine\.json must be a file that this command wrote; got other content"):
+        AppendLog(path, begins=b'{"row": ')
+    path.write_bytes(b'{"a": 1}\n{"precious": "no newline"}')
+    with AppendLog(path, begins=b'{"row": ') as log:
+        assert log.torn
+        assert list(log.lines()) == [(1, b'{"a": 1}\n')]
+    assert path.read_bytes() == b'{"a": 1}\n{"precious": "no newline"}'
+    path.write_bytes(b'{"ro')
+    with AppendLog(path, begins=b'{"row": ') as log:
+        log.cut_torn_line()
+    assert path.read_bytes() == b""
+
+
+def test_a_number_of_thousands_of_digits_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": ' + b"1" * 5000 + b'}\n{"a": 1}\n')
+    (_, fault), (_, row) = read_jsonl(path)
+    assert isinstance(fault, RowFault)
+    assert row == {"a": 1}
+
+
+def test_an_atomic_write_follows_links_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+    write_atomically(tmp_path / "made" / "file", "x")
+    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "target", "newer")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "made", "target"]
+    assert (tmp_path / "target").read_text() == "new"
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link", "folder"])
+def test_a_folder_replaces_anything(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "out"
+    if kind == "file":
+        path.write_text("x")
+    elif kind == "folder":
+        (path / "inner").mkdir(parents=True)
+    else:
+        path.symlink_to(tmp_path / ("nowhere" if kind == "dangling link" else "."))
+    with folder_in_one_rename(path, replace=True) as staging:
+        (staging / "new").write_text("x")
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_earlier_folder_comes_back_if_the_new_one_cannot_be_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    (path / "old").write_text("x")
+    rename = Path.rename
+
+    def fails_for_the_new_one(self: Path, target: Path) -> Path:
+        if target == path and not self.name.endswith(".old"):
+            raise OSError(errno.EXDEV, "no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    with pytest.raises(OSError, match="no"), folder_in_one_rename(path, replace=True):
+        pass
+    assert [file.name for file in path.iterdir()] == ["old"]

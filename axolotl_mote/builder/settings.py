@@ -243,7 +243,7 @@ def load_settings(path: str | Path) -> Settings:
     path = Path(path)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"the build file must be readable YAML; got {path}: {error}. Correct the file.") from error
     if not isinstance(raw, dict):
         raise ValueError(f"the build file must hold a mapping; got {type(raw).__name__} in {path}. See --help.")

@@ -45,6 +45,10 @@ class ChainCodec:
         self.tokenizer = tokenizer
         self.steps = tuple(steps)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickles, and so the fingerprint of a mapped data set, depend on: not on what was computed already."""
+        return {"tokenizer": self.tokenizer, "steps": self.steps}
+
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> ChainCodec:
         """The codec of a tokenizer that knows markers; the steps are read from them, in the order of their ids.
@@ -130,7 +134,7 @@ class ChainCodec:
     def _guarded(self) -> re.Pattern[str]:
         """Everything that must not be recognized inside a text: markers, special tokens, and our own stand-in."""
         special = {*self._special_tokens.values(), *markers(self.steps)}
-        longest_first = sorted(filter(None, special), key=len, reverse=True)
+        longest_first = sorted(filter(None, special), key=lambda text: (-len(text), text))
         return re.compile("|".join([*map(re.escape, longest_first), _OPEN]))
 
     def _normalized(self, text: str) -> str:

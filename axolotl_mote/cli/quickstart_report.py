@@ -32,10 +32,10 @@ def read_history(output: Path) -> History:
         FileNotFoundError: If the folder holds no checkpoint.
         ValueError: If the run did not evaluate before and after training.
     """
-    states = sorted(output.glob("checkpoint-*/trainer_state.json"), key=lambda file: int(file.parent.name[11:]))
+    states = sorted(output.glob("checkpoint-[0-9]*/trainer_state.json"), key=lambda file: int(file.parent.name[11:]))
     if not states:
         raise FileNotFoundError(f"{output} must hold a checkpoint; none was found. Train first: make quickstart")
-    history: History = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
+    history: History = json.loads(states[-1].read_text(encoding="utf-8")).get("log_history", [])
     count = len(evaluations(history))
     if count < 2:
         raise ValueError(
@@ -86,7 +86,7 @@ def _curves(history: History, prefix: str, title: str) -> Plot:
     def draw(axes: Axes) -> None:
         for number, name in enumerate(_steps(evaluations(history)[0]), start=1):
             points = [(entry["step"], entry[f"{prefix}/{name}"]) for entry in history if f"{prefix}/{name}" in entry]
-            steps, losses = zip(*points, strict=True)
+            steps, losses = [step for step, _ in points], [loss for _, loss in points]
             axes.plot(steps, losses, color=step_color(number), label=name, marker="." if len(points) < 10 else "")
         axes.set(xlabel="training step", ylabel="loss per token")
         axes.legend()

@@ -62,7 +62,9 @@ def command(
     beside = file.with_name("rejected.jsonl")
     if rejected is None and beside.exists() and beside != file:
         rejected = beside
-    with usage_errors(extra="build"):
+    with usage_errors(extra="stats"):
+        if html is not None and html.exists() and any(html.samefile(read) for read in (file, rejected) if read):
+            raise ValueError(f"--html must not name a file that is read; got {html}. Choose another name.")
         from axolotl_mote.builder.output.report import write_html
         from axolotl_mote.builder.output.statistics import read_chains, summarize
         from axolotl_mote.builder.output.tables import print_summary

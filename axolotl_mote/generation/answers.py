@@ -118,10 +118,11 @@ class AnswerFile:
         self.path, self.modes, self.run, self.questions = path, tuple(modes), run, questions
         self.resumed = 0
         self._done = bytearray()  # one bit for each pair of row and mode
-        self._log = AppendLog(path, clear=overwrite)
+        self._log = AppendLog(path, begins=b'{"row": ', clear=overwrite)
         try:
             for number, line in self._log.lines():
                 self._resume(f"{path} row {number}", parse_row(line))
+            self._log.cut_torn_line()
         except BaseException:
             self._log.close()
             raise

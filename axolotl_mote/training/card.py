@@ -19,8 +19,11 @@ from axolotl_mote.training.args import MoteOptions
 
 UNKNOWN = "unknown: fill in"
 SIGNATURE = "<!-- Written by axolotl_mote after each training. Remove this line to keep your own edits. -->"
-_GENERATED = ("remove this comment. -->", "# Model Card for Model ID")
-"""What the cards of transformers' trainer and of PEFT hold as long as no person has edited them."""
+_TRAINER_COMMENT = "remove this comment. -->"
+"""Ends the comment in the card of transformers' trainer, which asks people who edit the card to remove it."""
+
+_BLANK, _MANY_BLANKS = "[More Information Needed]", 25
+"""PEFT's card is a template with 39 blanks; one that a person works on has fewer."""
 
 _PACKAGES = ("axolotl_mote", "axolotl", "transformers", "peft", "torch")
 
@@ -103,7 +106,10 @@ def write_card(folder: Path, cfg: Any, config: MoteConfig, options: MoteOptions)
 
 
 def _is_generated(text: str) -> bool:
-    return any(sign in text for sign in (SIGNATURE, *_GENERATED))
+    """Whether no person has written or edited a card; a quote of such a line inside other text does not count."""
+    lines = text.splitlines()
+    from_trainer = any(line.endswith(_TRAINER_COMMENT) for line in lines)
+    return SIGNATURE in lines or from_trainer or text.count(_BLANK) >= _MANY_BLANKS
 
 
 def build_card(name: str, cfg: Any, config: MoteConfig, options: MoteOptions) -> str:

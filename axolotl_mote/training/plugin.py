@@ -86,6 +86,10 @@ class MotePlugin(BasePlugin):
         """Keep axolotl from resizing the embeddings: the rows of the markers are in the adapter."""
         if cfg.adapter == "mote":
             block_embedding_resize(model)
+        elif _uses_mote_or_chains(cfg):
+            import torch
+
+            torch.manual_seed(cfg.seed or 0)  # axolotl draws the new rows next, and seeds only later
 
     def load_adapter(
         self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False

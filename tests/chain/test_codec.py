@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,12 @@ def test_only_role_and_content_reach_the_template(smollm2_dir: Path) -> None:
 def test_markers_are_guarded_even_when_the_steps_are_not_told(chatml: ChainCodec) -> None:
     ids = ChainCodec(chatml.tokenizer).encode_question([{"role": "user", "content": "<|response|>"}])
     assert not set(ids) & set(chatml.vocabulary.marker_ids)
+
+
+def test_what_was_computed_does_not_change_the_pickle(smollm2_dir: Path) -> None:
+    """datasets takes it for the fingerprint of an encoded data set."""
+    codec = build_codec(smollm2_dir)
+    before = pickle.dumps(codec)
+    encoded = codec.encode_chain(row())
+    assert pickle.dumps(codec) == before
+    assert pickle.loads(before).encode_chain(row()) == encoded

@@ -119,3 +119,21 @@ def test_a_wrong_file_is_an_error_without_a_traceback(tmp_path: Path) -> None:
 def test_the_shipped_chains_can_be_described(seed_chains: Path) -> None:
     data = json.loads(run(seed_chains, "--json").output)
     assert data["chains"] == 26
+
+
+@pytest.mark.parametrize("messages", ['["x"]', '"oops"', '{"role": "user"}', "null"])
+def test_odd_messages_are_counted_as_no_user_turn(tmp_path: Path, messages: str) -> None:
+    path = tmp_path / "chains.jsonl"
+    path.write_text(f'{{"response": "a", "messages": {messages}}}\n')
+    result = CliRunner().invoke(command, [str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["turns"] == {"0": 1}
+
+
+def test_the_page_never_replaces_a_file_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "chains.jsonl"
+    path.write_text('{"response": "a"}\n')
+    result = CliRunner().invoke(command, [str(path), "--html", str(path)])
+    assert result.exit_code == 1
+    assert "--html must not name a file that is read" in result.output
+    assert path.read_text() == '{"response": "a"}\n'

@@ -271,6 +271,11 @@ def lora(workshop: Workshop, runs: Runs) -> Path:
 
 
 @job
+def lora_again(workshop: Workshop, runs: Runs) -> Path:
+    return workshop.train("lora_again", adapter="lora", lora_r=16, **PLAIN)
+
+
+@job
 def lora_evaluated(workshop: Workshop, runs: Runs) -> Result:
     adapter = runs.get("lora")
     changes = {"adapter": "lora", "lora_r": 16, **PLAIN}

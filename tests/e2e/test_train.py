@@ -149,6 +149,12 @@ def test_plain_lora_is_a_baseline_on_the_same_chains(runs: Any, workshop: Any) -
     assert logged(log, "eval_loss/guidance")
 
 
+@pytest.mark.needs("lora", "lora_again")
+def test_the_baseline_is_reproducible(runs: Any) -> None:
+    """The rows of its marker tokens too, which axolotl draws before it seeds."""
+    assert largest_difference(runs.get("lora"), runs.get("lora_again")) == 0
+
+
 @pytest.mark.needs("preprocessed")
 def test_preprocess_shows_the_routing(runs: Any) -> None:
     log = runs.get("preprocessed").ok().log

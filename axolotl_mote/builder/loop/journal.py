@@ -16,8 +16,9 @@ from typing import Any
 
 from axolotl_mote.builder.clients.calls import Call, Completion
 from axolotl_mote.builder.settings import changes, config_hash
-from axolotl_mote.files import AppendLog, RowFault, read_jsonl
+from axolotl_mote.files import AppendLog, RowFault, parse_row
 
+_BEGINS = b'{"journal": '
 _FIELDS = ("text", "finish", "prompt_tokens", "completion_tokens", "model")
 
 
@@ -45,13 +46,14 @@ class Journal:
     def __init__(self, path: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
         self._path, self._config = path, config_hash(identity)
         self.set_aside: Path | None = None
-        self._log = AppendLog(path)
+        self._log = AppendLog(path, begins=_BEGINS)
         try:
             if restart and path.stat().st_size:
                 self.set_aside = _set_aside(path)
                 with self._log:  # the older journal stays locked until the new one is
-                    self._log = AppendLog(path)
+                    self._log = AppendLog(path, begins=_BEGINS)
             self._completions = self._read(identity)
+            self._log.cut_torn_line()
         except BaseException:
             self.close()
             raise
@@ -109,7 +111,8 @@ class Journal:
             raise JournalError(f"{self._path} must hold whole records; one lacks {error}. Move it away.") from error
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        for number, record in read_jsonl(self._path):
+        for number, line in self._log.lines():
+            record = parse_row(line)
             if isinstance(record, RowFault):
                 raise JournalError(
                     f"{self._path} must hold whole records; line {number} is damaged: {record} Or remove that line."

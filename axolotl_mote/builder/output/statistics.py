@@ -117,7 +117,7 @@ def summarize(
         steps=numbers,
         forms=_counter(chain_form(step for step in steps if row.get(step)) for row in chains),
         checks=_counter(str(row.get("check") or "none") for row in chains),
-        turns=_counter(str(sum(m.get("role") == "user" for m in row.get("messages") or [])) for row in chains),
+        turns=_counter(str(_user_turns(row.get("messages"))) for row in chains),
         rejected=_counter(str(row.get("reason")) for row in rejected),
     )
 
@@ -141,6 +141,12 @@ def read_chains(path: Path, steps: Sequence[str] = DEFAULT_STEPS) -> list[dict[s
         "chains with --steps."
     )
     return [row for _, row in sound_rows(read_jsonl(path), message, check)]
+
+
+def _user_turns(messages: Any) -> int:
+    """Number of user turns; foreign files can hold anything here."""
+    turns = messages if isinstance(messages, list) else []
+    return sum(isinstance(turn, dict) and turn.get("role") == "user" for turn in turns)
 
 
 def _is_refused(row: dict[str, Any], steps: Sequence[str]) -> bool:
