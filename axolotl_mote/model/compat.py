@@ -45,7 +45,6 @@ __all__ = [
     "attention_implementation",
     "carries_state",
     "cast_input",
-    "commit_hash",
     "find_attention_modules",
     "flash_attention_forward",
     "get_target_dtype",
@@ -100,16 +99,6 @@ def init_tuner_layer(layer: BaseTunerLayer, adapter_name: str) -> None:
 
 
 # --- transformers: loading ------------------------------------------------------------------------------------------
-
-
-def commit_hash(config: PretrainedConfig) -> str | None:
-    """The hub commit that a model was loaded from; None for a local folder.
-
-    Works around: transformers has no public name for this.
-    Upstream: transformers/configuration_utils.py, ``PretrainedConfig._commit_hash``.
-    """
-    commit: str | None = getattr(config, "_commit_hash", None)
-    return commit
 
 
 # --- transformers: attention ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from builder_kit import prompts, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from axolotl_mote.builder.clients.calls import BudgetMeter, BudgetReached, Call
-from axolotl_mote.builder.clients.local import LocalClient, SeededGumbelNoise
+from axolotl_mote.builder.clients.local import LocalClient, SeededGumbelNoise, _name
 from axolotl_mote.builder.run import build
 from axolotl_mote.builder.settings import CheckStage, LocalModel, Settings, Stage
 from axolotl_mote.builder.texts.verdict import VERDICT_LINES
@@ -191,3 +191,17 @@ def test_a_build_that_was_stopped_equals_one_that_was_not(folder: Path, tmp_path
     assert runs >= 1
     for name in ("chains.jsonl", "rejected.jsonl"):
         assert (torn.output / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_a_model_from_the_hub_is_named_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest then says which version answered, whatever ``main`` means later."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "models--org--model"
+    (cached / "snapshots" / commit).mkdir(parents=True)
+    (cached / "snapshots" / commit / "config.json").write_text("{}")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert _name(LocalModel(type="local", path="org/model")) == f"org/model@{commit}"
+    assert _name(LocalModel(type="local", path="org/other")) == "org/other"
+    assert _name(LocalModel(type="local", path=str(tmp_path))) == str(tmp_path)

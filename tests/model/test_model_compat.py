@@ -22,7 +22,7 @@ from peft.mapping import (
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
-from transformers import AttentionInterface, AutoConfig, GenerationMixin, PreTrainedModel
+from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 
 from axolotl_mote.model import compat
 from axolotl_mote.model.adapter import MoteLinear, MoteModel
@@ -125,12 +125,6 @@ def test_models_say_whether_they_run_on_flex_attention() -> None:
     model._supports_flex_attn = False
     assert not compat.supports_flex_attention(model)
     assert "_supports_flex_attn" in vars(PreTrainedModel)
-
-
-def test_the_commit_is_where_transformers_keeps_it(tmp_path: Path) -> None:
-    base_model().config.save_pretrained(tmp_path)
-    assert compat.commit_hash(AutoConfig.from_pretrained(tmp_path)) is None
-    assert compat.commit_hash(AutoConfig.from_pretrained(tmp_path, _commit_hash="abc")) == "abc"
 
 
 def test_an_intercepted_function_runs_where_the_interceptor_gives_nothing() -> None:

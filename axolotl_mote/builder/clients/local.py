@@ -9,6 +9,7 @@ another configuration.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,6 @@ from axolotl_mote.builder.texts.verdict import VERDICT_LINES
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.questions import Messages
 from axolotl_mote.generation.decoding import context_length, pad_left
-from axolotl_mote.model.compat import commit_hash
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -88,8 +88,7 @@ class LocalClient:
         self._ends = _end_ids(self._model, self._tokenizer)
         self._verdicts = [[*self._codec.encode_text(line), self._ends[0]] for line in VERDICT_LINES]
         self._limit = context_length(self._model)
-        commit = commit_hash(self._model.config)
-        self.name = f"{spec.path}@{commit}" if commit else spec.path
+        self.name = _name(spec)
 
     def complete_batch(self, calls: Sequence[Call], stage: Stage) -> list[Completion]:
         """Generate for a batch.
@@ -196,6 +195,16 @@ def _greedy(base: GenerationConfig, max_new_tokens: int, ends: list[int], pad: i
         pad_token_id=pad,
         bos_token_id=base.bos_token_id,
     )
+
+
+def _name(spec: LocalModel) -> str:
+    """Path of a local model; name and commit, ``org/model@0123abc...``, of one from the hub."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(spec.path).exists():
+        return spec.path
+    cached = try_to_load_from_cache(spec.path, "config.json", revision=spec.revision)
+    return f"{spec.path}@{Path(cached).parent.name}" if isinstance(cached, str) else spec.path
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
