@@ -272,7 +272,7 @@ def lora(workshop: Workshop, runs: Runs) -> Path:
 
 @job
 def lora_again(workshop: Workshop, runs: Runs) -> Path:
-    return workshop.train("lora_again", adapter="lora", lora_r=16, **PLAIN)
+    return workshop.train_as_a_user("lora_again", adapter="lora", lora_r=16, **PLAIN)
 
 
 @job
