@@ -17,6 +17,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 REPO = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No colors, whatever the machine asks for and whatever an earlier test left behind.
+
+    rich keeps the environment that it saw first, and ``datasets.map`` with several processes puts a copy in its place,
+    which later changes do not reach.
+    """
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("rich.console.Console._environ", os.environ)
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """Root of the repository."""
