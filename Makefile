@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv model quickstart test test-fast check format docs docs-site tutorial bench gpu-bench decode-bench \
-        server-bench stats-bench gpu-check compat package selfalign clean
+        server-bench build-bench options-bench stats-bench gpu-check compat package selfalign clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -120,6 +120,12 @@ decode-bench: $(MODEL)/config.json ## Decoding speed on the CPU: MoTE beside pla
 
 server-bench: $(MODEL)/config.json ## Builds against a real server: 1 against 16 at a time, the server killed in the middle
 	$(BIN)/python tests/bench/server_build.py $(MODEL) $(ARGS)
+
+build-bench: $(STAMP) ## A build of 100,000 questions without a model: seconds and memory
+	$(BIN)/python tests/bench/build_memory.py $(ARGS)
+
+options-bench: $(MODEL)/config.json ## Two steps with each axolotl option by itself
+	$(BIN)/python tests/bench/options.py $(ARGS)
 
 stats-bench: $(STAMP) ## Statistics of 6,000 chains: seconds and memory
 	$(BIN)/python tests/bench/statistics_speed.py

@@ -1,27 +1,33 @@
 """Files: JSON lines in and out, atomic writes, an append-only log with a lock; digests and versions for records.
 
 Every JSONL file of the project is read by ``read_jsonl``. Every file that must survive a crash is written by
-``write_atomically`` or ``AppendLog``, and every such folder by ``folder_in_one_rename``. Rows are numbered from 1. The
-module uses the standard library only and does not depend on chains.
+``AtomicFiles``, ``write_atomically`` or ``AppendLog``, and every such folder by ``folder_in_one_rename``. Rows that
+memory need not hold go to a ``RowSpool``. Rows are numbered from 1. The module uses the standard library only and does
+not depend on chains.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 _DIGEST_BLOCK = 64 * 1024
 _SCAN_BLOCK = 64 * 1024
+_LINE_BLOCK = 2 * 1024
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 _MAX_REPORTED = 50
 
 
@@ -133,33 +139,141 @@ def read_all_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def json_line(row: dict[str, Any]) -> bytes:
-    """A row as one line of UTF-8. Unpaired surrogates, which UTF-8 cannot hold, stay escaped."""
+    """A row as one line of UTF-8. Unpaired surrogates, which UTF-8 cannot hold, stay escaped.
+
+    Raises:
+        ValueError: If its brackets are nested too deeply.
+    """
     try:
-        return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode()
+        return (_spell(row) + "\n").encode()
     except UnicodeEncodeError:
-        return (json.dumps(row, default=str) + "\n").encode()
+        return (_spell(row, ensure_ascii=True) + "\n").encode()
+
+
+def _spell(row: dict[str, Any], ensure_ascii: bool = False) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=ensure_ascii, default=str)
+    except RecursionError as error:
+        raise ValueError(
+            "a row must hold JSON; got brackets that are nested too deeply. Drop that column from the source."
+        ) from error
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Add the path to errors of the disk that lack one, such as "No space left on device"."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+class RowSpool:
+    """Rows in a file without a name; memory holds only their offsets. The file vanishes with the process.
+
+    A row comes back as JSON has it; what JSON cannot spell comes back as its ``str``.
+
+    Args:
+        folder: Where the file is; a disk with room for all rows.
+
+    Attributes:
+        columns: Every key of any row, in the order of appearance.
+
+    Raises:
+        OSError: From any method, if the disk is full; it names the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with _named(folder):
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=2**16)  # noqa: SIM115
+        self._ends = array("Q", [0])
+        self.columns: dict[str, None] = {}
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row."""
+        self.columns.update(dict.fromkeys(row))
+        line = json_line(row)
+        with _named(self._folder):
+            self._file.write(line)
+        self._ends.append(self._ends[-1] + len(line))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = self._ends[index], self._ends[index + 1]
+        with _named(self._folder):
+            self._file.flush()
+            row: dict[str, Any] = json.loads(os.pread(self._file.fileno(), end - start, start))
+        return row
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def close(self) -> None:
+        """Delete the file; safe to call twice."""
+        with suppress(OSError):  # what was not written need not be
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AtomicFiles:
+    """Files that appear together: each is written beside its path and synced to disk; at the end all are renamed.
+
+    If the block raises, or a file cannot be written whole, none of them changes and nothing is left behind.
+    """
+
+    def __init__(self) -> None:
+        self._staged: dict[Path, Path] = {}
+
+    def write(self, path: Path, chunks: Iterable[bytes]) -> None:
+        """Write the bytes of a file.
+
+        Raises:
+            OSError: If they cannot be written; it names the path.
+        """
+        path = path.resolve()  # a link stays a link
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._staged[path] = staging = path.with_name(f".{path.name}.tmp")
+        with _named(path), staging.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_jsonl(self, path: Path, rows: RowSpool) -> None:
+        """Write rows, each with every column, so that readers with a fixed schema accept the file."""
+        whole = ({key: row.get(key) for key in rows.columns} for row in rows)
+        self.write(path, ((_spell(row) + "\n").encode("utf-8", "replace") for row in whole))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                for path, staging in self._staged.items():
+                    os.replace(staging, path)
+        finally:
+            for staging in self._staged.values():
+                staging.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one rename, synced to disk first. Unpaired surrogates become "?"."""
-    path = path.resolve()  # a link stays a link
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.tmp")
-    try:
-        with staging.open("wb") as file:
-            file.write(text.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows atomically, each with every column, so that readers with a fixed schema accept the file."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = (json.dumps({key: row.get(key) for key in columns}, ensure_ascii=False, default=str) for row in rows)
-    write_atomically(path, "".join(line + "\n" for line in lines))
+    with AtomicFiles() as files:
+        files.write(path, [text.encode("utf-8", "replace")])
 
 
 @contextmanager
@@ -171,13 +285,14 @@ def folder_in_one_rename(path: Path, *, replace: bool = False) -> Iterator[Path]
         replace: Replace it whatever it holds; it is deleted once the new one is there.
 
     Raises:
-        OSError: If ``path`` holds something and ``replace`` is off.
+        OSError: If ``path`` holds something and ``replace`` is off. If the disk is full, it names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     earlier = staging.with_name(f"{staging.name}.old")
     try:
-        yield staging
+        with _named(path):
+            yield staging
         staging.chmod(0o755)
         if replace and (path.exists() or path.is_symlink()):
             path.rename(earlier)
@@ -248,23 +363,36 @@ class AppendLog:
         if os.fstat(self._fd).st_size > self._end:
             os.ftruncate(self._fd, self._end)
 
-    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+    def line_at(self, offset: int) -> bytes:
+        """The line that begins at an offset; see ``append``."""
+        found = bytearray()
+        while b"\n" not in found and (block := os.pread(self._fd, _LINE_BLOCK, offset + len(found))):
+            found += block
+        return bytes(found[: found.find(b"\n") + 1])
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> list[int]:
         """Write rows, one line each, and wait until they are on disk.
+
+        Returns:
+            The offset of each line.
 
         Raises:
             OSError: If they cannot be written; the file is then as it was.
         """
-        data = memoryview(b"".join(map(json_line, rows)))
-        end = self._end + len(data)
+        lines = [json_line(row) for row in rows]
+        *offsets, end = accumulate(map(len, lines), initial=self._end)
+        data = memoryview(b"".join(lines))
         self.cut_torn_line()
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
-            os.fsync(self._fd)
+            with _named(self.path):
+                while data:
+                    data = data[os.write(self._fd, data) :]
+                os.fsync(self._fd)
         except OSError:
             os.ftruncate(self._fd, self._end)
             raise
         self._end = end
+        return offsets
 
     def close(self) -> None:
         """Release the file; safe to call twice."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from axolotl_mote.training.args import MoteOptions
+from axolotl_mote.training.args import MoteArgs, MoteOptions
 
 REPO = Path(__file__).resolve().parent.parent
 CONFIGS = REPO / "example_configs"
@@ -59,6 +59,15 @@ def test_axolotl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     valid = validate_config(cfg, capabilities=H100, env_capabilities={"torch_version": "2.13.0"})
     assert valid.adapter == cfg.adapter
     assert valid.datasets[0]["type"] == "axolotl_mote.chain"
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_key_is_read(name: str) -> None:
+    """axolotl ignores keys that it does not know."""
+    schema = pytest.importorskip("axolotl.utils.schemas.config")
+    known = {*schema.AxolotlInputConfig.model_fields, *MoteArgs.model_fields}
+    unread = load(name).keys() - known
+    assert not unread
 
 
 @pytest.mark.parametrize("name", TRAINING)

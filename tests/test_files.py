@@ -8,26 +8,29 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from axolotl_mote.files import (
     AppendLog,
+    AtomicFiles,
     FileInUseError,
     RowFault,
+    RowSpool,
     folder_digest,
     folder_in_one_rename,
     json_line,
+    parse_row,
     raise_faults,
     read_all_rows,
     read_jsonl,
     sound_rows,
     write_atomically,
-    write_jsonl,
 )
 
 JSON = st.recursive(
@@ -109,11 +112,102 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 
 def test_every_row_gets_every_column(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}, {"b": "\ud800"}])
+    with RowSpool(tmp_path) as rows, AtomicFiles() as files:
+        for row in ({"a": 1}, {"b": "\ud800"}):
+            rows.append(row)
+        files.write_jsonl(tmp_path / "rows.jsonl", rows)
     assert read_all_rows(tmp_path / "rows.jsonl") == [{"a": 1, "b": None}, {"a": None, "b": "?"}]
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.dictionaries(st.text(st.characters(exclude_categories=[])), JSON, max_size=4), max_size=5))
+def test_a_spool_gives_back_any_row_in_any_order(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    with RowSpool(tmp_path) as spool:
+        assert list(tmp_path.iterdir()) == []
+        for number, row in enumerate(rows):
+            spool.append(row)
+            assert spool[number // 2] == rows[number // 2]
+        assert list(spool) == rows
+        assert len(spool) == len(rows)
+        assert list(spool.columns) == list(dict.fromkeys(key for row in rows for key in row))
+
+
+def test_a_row_nested_as_deeply_as_can_be_read_is_written_or_refused_in_words(tmp_path: Path) -> None:
+    outcomes = set()
+    for depth in range(800, 1001):
+        row = parse_row(b'{"a": ' + b"[" * depth + b"]" * depth + b"}")
+        if isinstance(row, RowFault):
+            outcomes.add("not read")
+            continue
+        try:
+            json_line(row)
+        except ValueError as error:
+            assert "nested too deeply" in str(error)  # noqa: PT017
+            outcomes.add("refused")
+        else:
+            outcomes.add("written")
+    assert outcomes >= {"written", "not read"}
+    deep: list[Any] = []
+    for _ in range(2000):
+        deep = [deep]
+    with pytest.raises(ValueError, match=r"a row must hold JSON; got brackets that are nested too deeply"):
+        json_line({"a": deep})
+
+
+def interrupted(chunk: bytes) -> Iterator[bytes]:
+    yield chunk
+    raise KeyboardInterrupt
+
+
+def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("one", "two")]
+    for text in (b"first", b"second"):
+        with AtomicFiles() as files:
+            for path in paths:
+                files.write(path, [text, b"."])
+                assert not path.exists() or path.read_bytes() != b"second."
+    with pytest.raises(KeyboardInterrupt), AtomicFiles() as files:
+        files.write(paths[0], interrupted(b"third"))
+    assert sorted(tmp_path.iterdir()) == paths
+    assert [path.read_bytes() for path in paths] == [b"second."] * 2
+
+
+def test_every_writer_names_the_path_if_the_disk_is_full_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").write_text("old")
+    log = AppendLog(tmp_path / "log.jsonl")
+    monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: '.*/old'"):
+        write_atomically(tmp_path / "old", "new")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/log\.jsonl'"), log:
+        log.append([{"a": 1}])
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*/folder'"),
+        folder_in_one_rename(tmp_path / "folder"),
+    ):
+        os.fsync(0)
+    with pytest.raises(OSError, match=r"^no such host$"), folder_in_one_rename(tmp_path / "folder"):
+        raise OSError("no such host")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"old": "old", "log.jsonl": ""}
+
+
+def test_a_spool_on_a_full_disk_names_its_folder(tmp_path: Path) -> None:
+    with RowSpool(tmp_path) as spool, open("/dev/full", "r+b", buffering=0) as full:
+        os.dup2(full.fileno(), spool._file.fileno())
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}'"):
+            spool.append({"text": "x" * 2**17})
+
+
 # --- the append-only log --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2000, 2048, 5000])
+def test_lines_are_found_by_their_offsets(tmp_path: Path, length: int) -> None:
+    with AppendLog(tmp_path / "log.jsonl") as log:
+        rows = [{"n": n, "text": "x" * length} for n in range(5)]
+        offsets = log.append(rows[:3]) + log.append(rows[3:])
+        assert [log.line_at(offset) for offset in reversed(offsets)] == [json_line(row) for row in reversed(rows)]
 
 
 def held(path: Path) -> list[bytes]:

@@ -4,8 +4,9 @@ With a local model, questions go in fixed groups and every wave of a group in fi
 the very same batches. A batch of which any text is missing in the journal is generated again as a whole. With servers
 only, every question runs on its own, as fast as the servers answer.
 
-The journal is the only state. Whenever a run ends, chains.jsonl, rejected.jsonl, manifest.json and statistics.html are
-written from it, in the order of the questions, each in one rename.
+The journal is the only state. Whenever a run ends, and whatever ended it, chains.jsonl, rejected.jsonl, manifest.json
+and statistics.html are written from all that the journal holds, in the order of the questions. So they hold every
+finished chain, also of questions that this run did not reach.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from axolotl_mote.builder.clients.calls import (
@@ -23,16 +24,18 @@ from axolotl_mote.builder.clients.calls import (
     Call,
     CallPostponed,
     Completion,
-    FatalCallError,
     NoServerResponding,
 )
+from axolotl_mote.builder.loop.backlog import Backlog
 from axolotl_mote.builder.loop.generator import ChainGenerator, Outcome, generate_chain_calls
-from axolotl_mote.builder.loop.journal import Journal
-from axolotl_mote.builder.output.results import RunRecord, write_results
+from axolotl_mote.builder.loop.journal import GroupCommit, Journal
+from axolotl_mote.builder.loop.replay import replay
+from axolotl_mote.builder.output.results import RunRecord, dropped_row, set_aside, write_results
 from axolotl_mote.builder.settings import STAGES, LocalModel, ServerModel, Settings, identity
 from axolotl_mote.builder.texts.prompts import Prompts
-from axolotl_mote.builder.texts.questions import load_questions
+from axolotl_mote.builder.texts.questions import screen_questions
 from axolotl_mote.chain.questions import Question
+from axolotl_mote.files import RowSpool
 
 if TYPE_CHECKING:
     from axolotl_mote.builder.clients.local import LocalClient
@@ -71,7 +74,7 @@ class BuildReport:
         counts: As in the manifest: questions, dropped, kept, rejected, pending, forms, reasons, verdicts, defects.
         stopped: Why the run ended early, or None.
         seconds, requests, tokens: Of this run.
-        set_aside: Where ``restart`` put an older journal, or None.
+        set_aside: Where an older journal and older results are now.
     """
 
     counts: dict[str, Any]
@@ -79,11 +82,15 @@ class BuildReport:
     seconds: float
     requests: int
     tokens: int
-    set_aside: str | None = None
+    set_aside: Sequence[str] = ()
 
 
 def build(
-    settings: Settings, *, restart: bool = False, on_progress: Callable[[Status], None] = lambda _: None
+    settings: Settings,
+    *,
+    restart: bool = False,
+    on_progress: Callable[[Status], None] = lambda _: None,
+    on_rows_read: Callable[[int], None] = lambda _: None,
 ) -> BuildReport:
     """Build a chain data set, or continue one.
 
@@ -91,6 +98,7 @@ def build(
         settings: The build.
         restart: Put an existing journal aside and begin a new one.
         on_progress: Called after every question.
+        on_rows_read: Called with the number of rows read so far, while questions are read.
 
     Returns:
         Counts and costs. Ctrl-C, a used-up budget and servers that do not answer end a run early and cleanly;
@@ -102,46 +110,66 @@ def build(
         FatalCallError: If a server rejects every request; earlier work is written.
     """
     started = time.time()
-    prompts = Prompts(settings.active_specs(), settings.prompts)
-    questions, dropped = load_questions(settings.questions, settings.exclude, settings.deduplicate, settings.seed)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    path = settings.output / "journal.jsonl"
-    stopped: str | None = None
-    fatal: FatalCallError | None = None
-    with Journal(path, identity(settings, prompts.hashes), restart=restart) as journal:
-        run = _Run(settings, prompts, journal, questions, on_progress)
-        try:
-            asyncio.run(run.go())
-            stopped = run.stopped
-        except KeyboardInterrupt:
-            stopped = "interrupted"
-        except FatalCallError as error:
-            stopped, fatal = str(error), error
-        record = RunRecord(started, time.time() - started, run.budget.requests, run.budget.tokens, stopped)
-        counts = write_results(settings, prompts, journal, questions, dropped, run.outcomes, record)
-    if fatal is not None:
-        raise fatal
-    aside = str(journal.set_aside) if journal.set_aside else None
-    return BuildReport(counts, stopped, record.seconds, record.requests, record.tokens, aside)
+    prompts = Prompts(settings.active_specs(), settings.prompts, settings.hygiene.control_tokens)
+    folder = settings.output
+    folder.mkdir(parents=True, exist_ok=True)
+    with Backlog(folder) as questions, RowSpool(folder) as dropped:
+        _load(settings, questions, dropped, on_rows_read)
+        with Journal(folder / "journal.jsonl", identity(settings, prompts.hashes), restart=restart) as journal:
+            aside = [journal.set_aside] if journal.set_aside else []
+            chains = folder / "chains.jsonl"
+            if not len(journal) and chains.exists() and chains.stat().st_size:  # of another journal
+                aside += set_aside(folder)
+            run = _Run(settings, prompts, journal, questions, on_progress)
+            try:
+                run.execute()
+            finally:
+                budget = run.budget
+                record = RunRecord(started, time.time() - started, budget.requests, budget.tokens, run.stopped)
+                counts = write_results(settings, prompts, journal, questions, dropped, record)
+    moved = [str(path) for path in aside]
+    return BuildReport(counts, run.stopped, record.seconds, record.requests, record.tokens, moved)
+
+
+def _load(settings: Settings, questions: Backlog, dropped: RowSpool, on_rows_read: Callable[[int], None]) -> None:
+    """Read the questions of a build, and the rows it cannot use."""
+    rows = screen_questions(
+        settings.questions, settings.exclude, settings.deduplicate, settings.seed, on_progress=on_rows_read
+    )
+    for row in rows:
+        if isinstance(row, Question):
+            questions.add(row)
+        else:
+            dropped.append(dropped_row(row))
 
 
 @dataclass
 class _Run:
-    """One run over all questions; ``outcomes`` fills up by question id."""
+    """One run over all questions; ``stopped`` says why it ended early, if it did."""
 
     settings: Settings
     prompts: Prompts
     journal: Journal
-    questions: list[Question]
+    questions: Backlog
     on_progress: Callable[[Status], None]
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
     stopped: str | None = None
 
     def __post_init__(self) -> None:
+        self._commits = GroupCommit(self.journal)
         self.budget = BudgetMeter(self.settings.budget.requests, self.settings.budget.tokens)
         self._local: dict[str, LocalClient] = {}
         self._servers: dict[str, ServerClient] = {}
         self._status = Status(len(self.questions))
+
+    def execute(self) -> None:
+        """Run ``go``; Ctrl-C is a reason to stop, not an error."""
+        try:
+            asyncio.run(self.go())
+        except KeyboardInterrupt:
+            self.stopped = "interrupted"
+        except Exception as error:
+            self.stopped = str(error)
+            raise
 
     async def go(self) -> None:
         """Build every chain whose outcome the journal and the clients can give."""
@@ -150,14 +178,15 @@ class _Run:
         self.on_progress(self._status)
         try:
             if batch_sizes:
-                for group in _chunks(self.questions, GROUP_BATCHES * max(batch_sizes)):
+                for group in _chunks(range(len(self.questions)), GROUP_BATCHES * max(batch_sizes)):
                     if self.stopped is None:
-                        await self._build_in_waves(group)
+                        await self._build_in_waves([self.questions[index] for index in group])
             else:
                 await self._build_one_by_one(
                     sum(spec.concurrency * len(spec.base_urls) for spec in specs if isinstance(spec, ServerModel))
                 )
         finally:
+            self._commits.flush()
             for server in self._servers.values():
                 await server.aclose()
 
@@ -196,8 +225,8 @@ class _Run:
 
     async def _answer_batch(self, batch: Sequence[Call], stage: str, spec: LocalModel) -> dict[str, Completion]:
         """From the journal if it holds the whole batch, else from the model; empty if the run stops."""
-        if any(self.journal.get(call) is None for call in batch):
-            await asyncio.sleep(0)  # Ctrl-C can interrupt between two batches
+        await asyncio.sleep(0)  # Ctrl-C can interrupt between two batches
+        if any(call not in self.journal for call in batch):
             settings = self.settings.stage(stage)
             try:
                 done = self._local_client(settings.model, spec).complete_batch(batch, settings)
@@ -215,11 +244,17 @@ class _Run:
         async def work() -> None:
             for question in waiting:
                 if self.stopped is None:
-                    await self._build_one(generate_chain_calls(question, self.settings, self.prompts))
+                    await self._build_one(question)
 
         await _run_all(work() for _ in range(min(workers, len(self.questions))))
 
-    async def _build_one(self, chain: ChainGenerator) -> None:
+    async def _build_one(self, question: Question) -> None:
+        await asyncio.sleep(0)  # Ctrl-C can interrupt between two questions
+        recorded = replay(question, self.settings, self.prompts, self.journal)
+        if recorded is not None:
+            self._count(recorded)
+            return
+        chain = generate_chain_calls(question, self.settings, self.prompts)
         call: Call | None = next(chain)
         while call is not None:
             completion = await self._answer(call)
@@ -245,23 +280,25 @@ class _Run:
             self._status.postponed += 1
             self.on_progress(self._status)
             return None
-        self.journal.add([(call, completion)])
+        await self._commits.add(call, completion)
         return completion
 
     # --- both -------------------------------------------------------------------------------------------------------
 
     def _advance(self, chain: ChainGenerator, completion: Completion) -> Call | None:
-        """The next call of a chain, or None once it is finished; its outcome is then stored."""
+        """The next call of a chain, or None once it is finished."""
         try:
             return chain.send(completion)
         except StopIteration as end:
-            outcome: Outcome = end.value
-        self.outcomes[outcome.question.id] = outcome
+            self._count(end.value)
+        return None
+
+    def _count(self, outcome: Outcome) -> None:
+        """Show that a question is finished."""
         self._status.kept += outcome.reason is None
         self._status.rejected += outcome.reason is not None
         self._status.requests, self._status.tokens = self.budget.requests, self.budget.tokens
         self.on_progress(self._status)
-        return None
 
     def _local_client(self, name: str, spec: LocalModel) -> LocalClient:
         """The client of a model, made when first needed: a finished build loads no model."""
@@ -278,7 +315,7 @@ class _Run:
         spec = self.settings.models[name]
         if name not in self._servers and isinstance(spec, ServerModel):
             stages = {stage for stage in STAGES if self.settings.stage(stage).model == name}
-            answered = any(key.rpartition("/")[2].split(".")[0] in stages for key, _ in self.journal.completions())
+            answered = any(key.rpartition("/")[2].split(".")[0] in stages for key in self.journal)
             self._servers[name] = ServerClient(spec, self.budget, answered)
         return self._servers[name]
 

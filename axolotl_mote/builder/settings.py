@@ -26,10 +26,11 @@ class _Schema(BaseModel):
 
 
 class QuestionSource(_Schema):
-    """A source of questions: a JSONL, JSON, CSV or Parquet file, or a Hugging Face data set."""
+    """A source of questions: a JSONL, JSON, CSV, TSV or Parquet file, or a Hugging Face data set."""
 
     path: str = Field(
-        description="File ending in .jsonl, .json, .csv (.gz may follow) or .parquet, or a Hugging Face data set name."
+        description="File ending in .jsonl, .ndjson, .json, .csv, .tsv (.gz may follow) or .parquet, in any case, or a "
+        "Hugging Face data set name."
     )
     column: str | None = Field(
         None,
@@ -142,6 +143,10 @@ class Hygiene(_Schema):
     )
     refusal_patterns: list[str] = Field(
         default_factory=list, description="Further regular expressions of stock refusals."
+    )
+    control_tokens: list[Annotated[str, Field(min_length=2)]] = Field(
+        default_factory=list,
+        description="Further control tokens to break up in foreign text, as a model's tokenizer spells them.",
     )
 
 
@@ -272,11 +277,14 @@ def identity(settings: Settings, prompt_hashes: dict[str, str]) -> dict[str, Any
             "model": _model_identity(settings.models[spec.model]),
             "prompt": prompt_hashes[stage],
         }
+    hygiene = settings.hygiene.model_dump(mode="json")
+    if not settings.hygiene.control_tokens:  # journals from before this key existed stay valid
+        del hygiene["control_tokens"]
     return {
         "stages": stages,
         "chain": settings.chain,
         "check": settings.check,
-        "hygiene": settings.hygiene.model_dump(mode="json"),
+        "hygiene": hygiene,
         "seed": settings.seed,
     }
 

@@ -8,6 +8,7 @@ special token, in training and at inference alike. Needs a tokenizer; imports no
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -29,6 +30,10 @@ ROLES = ("system", "user", "assistant")
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _STAND_IN = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 _START = re.compile(r"<\|([a-z][a-z0-9_]*)\|>\Z")
+
+_ENCODING = threading.Lock()
+"""Held around every encoding: ``split_special_tokens`` is a switch of the one backend that all users of a tokenizer
+share, so that another thread could turn the guarded text of a question into markers."""
 
 
 class ChainCodec:
@@ -77,7 +82,7 @@ class ChainCodec:
         """
         ids = []
         for marker in markers(self.steps):
-            encoded = self.tokenizer(marker, add_special_tokens=False)["input_ids"]
+            encoded = self._encode(marker)
             known = self.tokenizer.added_tokens_decoder.get(encoded[-1]) if encoded else None
             if len(encoded) != 1 or known is None or not known.special:
                 raise ValueError(
@@ -104,7 +109,7 @@ class ChainCodec:
         """What the chat template puts after an assistant's text, up to and including the first special token."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _OPEN}]
         rendered: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        ids: list[int] = self.tokenizer(rendered.split(_OPEN)[-1], add_special_tokens=False)["input_ids"]
+        ids = self._encode(rendered.split(_OPEN)[-1])
         for position, token in enumerate(ids):
             if token in self._special_tokens:
                 return tuple(ids[: position + 1])
@@ -146,7 +151,11 @@ class ChainCodec:
 
     def encode_text(self, text: str) -> list[int]:
         """Encode text as ordinary text: no special token is recognized in it and none is added."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return self._encode(text, split_special_tokens=True)
+
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        with _ENCODING:
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
         return ids
 
     def encode_question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -189,7 +198,7 @@ class ChainCodec:
             if position % 2:
                 ids += self.encode_text(hostile[int(piece)])
             elif piece:
-                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+                ids += self._encode(piece)
         return ids
 
     def encode_chain(self, row: Mapping[str, Any]) -> dict[str, list[int]]:

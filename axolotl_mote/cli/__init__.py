@@ -3,6 +3,7 @@
 The modules, each importing only those before it:
 
     quiet_imports      silence what libraries print while they are imported
+    json_output        --json: nothing but JSON on standard output
     _options           options and errors that several commands share
     build              axolotl mote build
     stats              axolotl mote stats
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from copy import copy
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -45,6 +47,12 @@ class _LazyGroup(click.Group):
             return None
         command: click.Command = import_module(f"axolotl_mote.cli.{name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(130)  # what a shell reports for Ctrl-C; click would exit with 1
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

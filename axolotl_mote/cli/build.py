@@ -44,30 +44,40 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
       3    stopped by the budget or because no server responds, or questions were postponed: run it again
       130  interrupted by Ctrl-C: run it again
     """
-    with usage_errors(extra="build"):
-        from axolotl_mote.builder.clients.calls import FatalCallError
-        from axolotl_mote.builder.run import build
-        from axolotl_mote.builder.settings import QuestionSource, load_settings
+    try:
+        with usage_errors(extra="build"):
+            status = _build(config, output, limit, exclude, restart)
+    except KeyboardInterrupt:  # while questions are read or results written; the journal has all that was done
+        click.echo("Interrupted. Run the same command again to continue.", err=True)
+        status = 130
+    if status:
+        raise SystemExit(status)
 
-        settings = load_settings(config)
-        changed: dict[str, object] = {}
-        if output is not None:
-            changed["output"] = output
-        if limit is not None:
-            changed["questions"] = [q.model_copy(update={"limit": limit}) for q in settings.questions]
-        if exclude:
-            changed["exclude"] = [*settings.exclude, *(QuestionSource(path=file) for file in exclude)]
-        settings = settings.model_copy(update=changed)
-        try:
-            with _Progress() as progress:  # openai and others are imported when they are first needed
-                report = build(settings, restart=restart, on_progress=progress.show)
-        except FatalCallError as error:
-            raise click.ClickException(str(error)) from error
+
+def _build(config: Path, output: Path | None, limit: int | None, exclude: tuple[str, ...], restart: bool) -> int:
+    """The work of the command; returns the exit status."""
+    from axolotl_mote.builder.clients.calls import FatalCallError
+    from axolotl_mote.builder.run import build
+    from axolotl_mote.builder.settings import QuestionSource, load_settings
+
+    settings = load_settings(config)
+    changed: dict[str, object] = {}
+    if output is not None:
+        changed["output"] = output
+    if limit is not None:
+        changed["questions"] = [q.model_copy(update={"limit": limit}) for q in settings.questions]
+    if exclude:
+        changed["exclude"] = [*settings.exclude, *(QuestionSource(path=file) for file in exclude)]
+    settings = settings.model_copy(update=changed)
+    try:
+        with _Progress() as progress:  # aiohttp and others are imported when they are first needed
+            report = build(settings, restart=restart, on_progress=progress.show, on_rows_read=progress.show_rows_read)
+    except FatalCallError as error:
+        raise click.ClickException(str(error)) from error
     _print_report(report, settings.output)
     if report.stopped == "interrupted":
-        raise SystemExit(130)
-    if report.counts["pending"]:
-        raise SystemExit(3)
+        return 130
+    return 3 if report.counts["pending"] else 0
 
 
 class _Progress:
@@ -105,6 +115,12 @@ class _Progress:
     ) -> None:
         self._bar.stop()
 
+    def show_rows_read(self, count: int) -> None:
+        """Show how many rows of the sources are read; the search for near-duplicates can take minutes."""
+        self._bar.update(self._task, note=f"{count:,} rows read")
+        if self._bar.disable and count % 10_000 == 0:
+            self._console.print(f"{count:,} rows read")
+
     def show(self, status: Status) -> None:
         """Update the bar."""
         note = f"{status.kept} kept, {status.rejected} rejected"
@@ -137,7 +153,7 @@ def _print_report(report: BuildReport, output: Path) -> None:
         table.add_row(f"input row dropped: {name}", str(number))
     console.print(table)
     if report.set_aside:
-        console.print(f"The older journal is now {report.set_aside}.", soft_wrap=True)
+        console.print(f"Older files are now {', '.join(report.set_aside)}.", soft_wrap=True)
     console.print(
         f"{report.requests} requests, {report.tokens:,} tokens, {report.seconds:.0f} s in this run. "
         f"Written to {output}: chains.jsonl, rejected.jsonl, manifest.json"

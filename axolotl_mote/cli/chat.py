@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import click
 
 from axolotl_mote.chain.steps import ADAPTIVE, VERIFY
 from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments, usage_errors
+from axolotl_mote.cli.json_output import json_writer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +23,8 @@ _HELP = """\
 /steps adaptive | verify | analysis+response   choose the chain
 /reasoning                                     show or hide the reasoning
 /reset                                         forget the dialogue
-/exit                                          leave (Ctrl-D works too)"""
+/exit                                          leave (Ctrl-D works too)
+A message that begins with / needs a space before it."""
 
 # Characters that a terminal would obey: C0 and C1 controls except newline and tab, and text direction overrides.
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
@@ -60,6 +61,7 @@ def command(
       axolotl mote chat --adapter outputs/mote
       echo "How do I kill a Python process?" | axolotl mote chat --adapter outputs/mote --json
     """
+    write_json = json_writer() if as_json else None
     with usage_errors():
         settings = sampling_arguments(**decoding) | {"step_limits": parse_limits(decoding["step_limit"])}
         settings |= {"max_new_tokens": decoding["max_new_tokens"], "check": decoding["check"]}
@@ -68,7 +70,7 @@ def command(
 
         model, tokenizer = load_mote(adapter, base_model, dtype=dtype, device=device)
         session = ChatSession(
-            model, tokenizer, steps, settings, system, show_reasoning=not hide_reasoning, as_json=as_json
+            model, tokenizer, steps, settings, system, show_reasoning=not hide_reasoning, write_json=write_json
         )
     session.run(_lines(quiet=as_json))
 
@@ -95,7 +97,7 @@ class ChatSession:
         settings: Arguments for ``generate_chain``.
         system: System message, or None.
         show_reasoning: Whether steps before the answer are shown.
-        as_json: Print one JSON object per answer on standard output instead of the display.
+        write_json: Takes one object per answer, instead of the display; remarks then go to standard error.
         console: Where to show the dialogue; default: standard output.
     """
 
@@ -108,7 +110,7 @@ class ChatSession:
         system: str | None = None,
         *,
         show_reasoning: bool = True,
-        as_json: bool = False,
+        write_json: Callable[[dict[str, Any]], None] | None = None,
         console: Console | None = None,
     ) -> None:
         from rich.console import Console
@@ -117,7 +119,7 @@ class ChatSession:
 
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.codec = codec_for(model, tokenizer)
-        self.show_reasoning, self.as_json = show_reasoning, as_json
+        self.show_reasoning, self.write_json = show_reasoning, write_json
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.start = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.start)
@@ -127,15 +129,16 @@ class ChatSession:
 
     def run(self, lines: Iterator[str]) -> None:
         """Answer line after line until the input ends or /exit."""
-        if not self.as_json:
+        if self.write_json is None:
             self.console.print(f"Steps: {', '.join(self.codec.steps)}. /help lists the commands.", style="dim")
         for line in lines:
             text = line.strip()
-            if text == "/exit":
+            name, _, argument = text.partition(" ")
+            if name == "/exit":
                 return
-            if text.startswith("/") and self._command(text):
-                continue
-            if text:
+            if line.startswith("/"):
+                self._command(name, argument.strip())
+            elif text:
                 self._answer(text)
 
     def choose(self, steps: str) -> None:
@@ -150,9 +153,7 @@ class ChatSession:
         check_mode(chosen, self.codec.vocabulary, self.settings["check"])
         self.steps = chosen
 
-    def _command(self, text: str) -> bool:
-        """Run a command; False if the line is a message."""
-        name, _, argument = text.partition(" ")
+    def _command(self, name: str, argument: str) -> None:
         if name == "/help":
             self._say(_HELP)
         elif name == "/reset":
@@ -163,14 +164,13 @@ class ChatSession:
             self._say(f"Reasoning {'shown' if self.show_reasoning else 'hidden'}.")
         elif name == "/steps":
             try:
-                mode = argument.strip() or ADAPTIVE
+                mode = argument or ADAPTIVE
                 self.choose(mode)
                 self._say(f"Steps: {mode}.")
             except ValueError as error:
                 self._say(str(error))
         else:
-            return False
-        return True
+            self._say(f"{name} is no command. /help lists them; put a space before a message that begins with /.")
 
     def _answer(self, text: str) -> None:
         from axolotl_mote.generation.api import generate_chain
@@ -178,7 +178,7 @@ class ChatSession:
 
         self.messages.append({"role": "user", "content": text})
         # Verify mode may reject an answer after it was written: only the final chain is shown.
-        streams = not self.as_json and self.steps != VERIFY
+        streams = self.write_json is None and self.steps != VERIFY
         streamer = StepStreamer(self.codec, self._show) if streams else None
         settings = dict(self.settings)
         if settings["seed"] is not None:
@@ -190,19 +190,29 @@ class ChatSession:
             self._say(str(error))
             return
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():  # nobody is there to type the next line
+                raise
             self.messages.pop()
             self._say("\nStopped; the question was removed from the dialogue.")
             return
         self._turns += 1
-        self.messages.append(chain.message())
-        if self.as_json:
-            click.echo(json.dumps({"question": text} | chain.to_row(), ensure_ascii=False))
+        if self.write_json is not None:
+            self.write_json({"question": text} | chain.to_row())
+        else:
+            if streamer is None:
+                for step, step_text in chain.texts.items():
+                    self._show(step, "")
+                    self._show(step, step_text)
+            self._close(chain)
+        self._remember(chain)
+
+    def _remember(self, chain: Chain) -> None:
+        """Add the answer to the dialogue; a blank one leaves it together with its question, as no turn may be blank."""
+        if chain.answer.strip():
+            self.messages.append(chain.message())
             return
-        if streamer is None:
-            for step, step_text in chain.texts.items():
-                self._show(step, "")
-                self._show(step, step_text)
-        self._close(chain)
+        self.messages.pop()
+        self._say("The answer is blank; question and answer were left out of the dialogue.")
 
     def _show(self, step: str, piece: str) -> None:
         """Print a piece of a step as it is generated; an empty piece opens the step."""
@@ -226,7 +236,7 @@ class ChatSession:
             self.console.print(f"(unfinished: {_why_unfinished(chain)})", style="yellow")
 
     def _say(self, text: str) -> None:
-        if self.as_json:
+        if self.write_json is not None:
             click.echo(text, err=True)
         else:
             self.console.print(text, style="dim", markup=False)

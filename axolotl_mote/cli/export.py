@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from axolotl_mote.cli._options import model_options, usage_errors
+from axolotl_mote.cli.json_output import json_writer
 
 if TYPE_CHECKING:
     from axolotl_mote.export.api import ExportReport
@@ -53,9 +53,10 @@ def command(
       vllm serve exported/base --enable-lora --max-lora-rank 64 \\
           --lora-modules question=exported/adapters/question response=exported/adapters/response
     """
-    from axolotl_mote.export.api import export_adapter
-
+    write_json = json_writer() if as_json else None
     with usage_errors():
+        from axolotl_mote.export.api import export_adapter
+
         report = export_adapter(
             adapter,
             output,
@@ -68,8 +69,8 @@ def command(
             probes=_probes(probe, adapter, base_model) if probe else None,
             overwrite=overwrite,
         )
-    if as_json:
-        click.echo(json.dumps(asdict(report)))
+    if write_json is not None:
+        write_json(asdict(report))
     else:
         _show(report, output, no_base)
 
@@ -83,10 +84,11 @@ def _probes(path: Path, adapter: Path, base_model: str | None) -> list[list[int]
     from axolotl_mote.chain.codec import ChainCodec
     from axolotl_mote.chain.rows import check_row
     from axolotl_mote.files import read_jsonl, sound_rows
-    from axolotl_mote.generation.loading import load_tokenizer, read_adapter_config
+    from axolotl_mote.generation.folder import base_of, read_mote_config
+    from axolotl_mote.generation.loading import load_tokenizer
 
-    config = read_adapter_config(adapter)
-    codec = ChainCodec(load_tokenizer(adapter, str(base_model or config.base_model_name_or_path), config), config.steps)
+    config = read_mote_config(adapter)
+    codec = ChainCodec(load_tokenizer(adapter, base_of(config, adapter, base_model), config), config.steps)
     message = f"--probe must hold chains; got {{faults}} in {path}."
     rows = sound_rows(read_jsonl(path), message, lambda row: check_row(row, codec.steps))
     probes = [codec.encode_chain(row)["input_ids"] for _, row in rows]

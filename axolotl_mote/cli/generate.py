@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import click
 
 from axolotl_mote.chain.steps import ADAPTIVE
 from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments, usage_errors
+from axolotl_mote.cli.json_output import json_writer
 
 if TYPE_CHECKING:
     from axolotl_mote.chain.questions import Question
@@ -73,9 +74,10 @@ def command(
       axolotl mote generate --adapter outputs/mote --input questions.jsonl --output short.jsonl \\
           --steps analysis+response --step-limit analysis=64 --batch-size 16 --sample --seed 7
     """
-    from axolotl_mote.generation import answers
+    write_json = json_writer() if as_json else None
+    with usage_errors(), _interruptible():
+        from axolotl_mote.generation import answers
 
-    with usage_errors():
         if output.exists() and output.samefile(source):
             raise ValueError(f"output must not be the input; got {output} for both. Choose another file.")
         digests = answers.check_questions(source, limit)
@@ -95,12 +97,19 @@ def command(
                 click.echo(f"{output} holds {found}; continuing.", err=True)
             runner = Runner(model, tokenizer, chosen, file, settings, seed, decoding["check"])
             questions = answers.read_questions(source, limit)
-            try:
-                for window in _progress(answers.windows(questions, batch_size), sum(map(bool, digests))):
-                    runner.answer(window)
-            except KeyboardInterrupt:
-                raise click.ClickException("interrupted; run the same command again to continue.") from None
-        _report(answers.summarize_answers(output), as_json)
+            for window in _progress(answers.windows(questions, batch_size), sum(map(bool, digests))):
+                runner.answer(window)
+        _report(answers.summarize_answers(output), write_json)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say what Ctrl-C means here, at whatever moment it comes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("Interrupted; run the same command again to continue.", err=True)
+        raise
 
 
 def _progress(windows: Iterator[list[Question]], count: int) -> Iterator[list[Question]]:
@@ -115,9 +124,9 @@ def _progress(windows: Iterator[list[Question]], count: int) -> Iterator[list[Qu
             progress.advance(task, len(window))
 
 
-def _report(summary: dict[str, dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(summary))
+def _report(summary: dict[str, dict[str, Any]], write_json: Callable[[dict[str, Any]], None] | None) -> None:
+    if write_json is not None:
+        write_json(summary)
         return
     from rich.console import Console
     from rich.table import Column, Table

@@ -9,6 +9,7 @@ import click
 
 from axolotl_mote.chain.steps import CHECK, DEFAULT_STEPS, chain_form, parse_form, validate_steps
 from axolotl_mote.cli._options import usage_errors
+from axolotl_mote.cli.json_output import json_writer
 from axolotl_mote.files import read_all_rows
 
 
@@ -59,6 +60,7 @@ def command(
       axolotl mote stats outputs/selfalign/data/chains.jsonl --html statistics.html
       axolotl mote stats answers.jsonl --steps plan+draft+answer
     """
+    write_json = json_writer() if as_json else None
     beside = file.with_name("rejected.jsonl")
     if rejected is None and beside.exists() and beside != file:
         rejected = beside
@@ -74,10 +76,8 @@ def command(
         summary = summarize(read_chains(file, names), rejects, steps=names, sample=sample, seed=seed)
         if html is not None:
             write_html(html, summary, title=file.name)
-    if as_json:
-        import json
-
-        click.echo(json.dumps(summary.as_dict(), indent=2))
+    if write_json is not None:
+        write_json(summary.as_dict())
         return
     from rich.console import Console
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from axolotl_mote.export.folders import read_adapter, write_adapter, write_base
@@ -19,7 +21,8 @@ from axolotl_mote.export.verification import Drift, Probe, differences, drifts, 
 from axolotl_mote.export.weights import AdapterPlan, plan_adapters
 from axolotl_mote.files import folder_in_one_rename, write_atomically
 from axolotl_mote.generation.api import generate_chain
-from axolotl_mote.generation.loading import codec_for, load_mote, load_tokenizer
+from axolotl_mote.generation.folder import base_of, check_fits
+from axolotl_mote.generation.loading import codec_for, load_base, load_mote, load_tokenizer
 from axolotl_mote.model.config import MoteConfig
 
 if TYPE_CHECKING:
@@ -96,13 +99,14 @@ def export_adapter(
     if output.exists() and not overwrite:
         raise ValueError(f"output must not exist yet; got {output}. Choose another folder or pass --overwrite.")
     config, tensors = read_adapter(adapter_dir)
-    base = str(base_model or config.base_model_name_or_path)
+    base = base_of(config, adapter_dir, base_model)
     _check_replaceable(output, [adapter_dir, Path(base)])
     plans = plan_adapters(config, merge_shared)
     report = ExportReport(merged_shared=merge_shared)
     recorded = _record(adapter_dir, base, config, dtype, device, probes) if verify else []
-    with folder_in_one_rename(output, replace=overwrite) as staging:
-        model, tokenizer = _load_base(adapter_dir, base, config, dtype)
+    tokenizer, model = load_tokenizer(adapter_dir, base, config), load_base(base, dtype=dtype)
+    check_fits(model, base, {name: tuple(t.shape) for name, t in tensors.items()}, config, adapter_dir)
+    with _writing(output), folder_in_one_rename(output, replace=overwrite) as staging:
         report.dtype = str(model.dtype).removeprefix("torch.")
         report.exact = report.dtype == "float32" or not merge_shared
         write_base(staging / "base", model, tokenizer, config, tensors, merge_shared)
@@ -122,6 +126,17 @@ def export_adapter(
     return report
 
 
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Name the output where a full disk raises errors without a path, some of them of the safetensors library."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"output must be writable; got {error} at {output}. Nothing was written; free space and try again."
+        ) from error
+
+
 def _check_replaceable(output: Path, used: Sequence[Path]) -> None:
     """Refuse to overwrite anything but an earlier export, or what the export is made from."""
     for path in used:
@@ -134,14 +149,6 @@ def _check_replaceable(output: Path, used: Sequence[Path]) -> None:
 
 def _describe(plan: AdapterPlan) -> dict[str, Any]:
     return {"rank": plan.served_rank, "rank_before_padding": plan.rank, "difference": None, "tokens": 0, "drift": None}
-
-
-def _load_base(
-    adapter_dir: Path, base: str, config: MoteConfig, dtype: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model without its adapter, on the CPU, and the tokenizer with the markers."""
-    tokenizer = load_tokenizer(adapter_dir, base, config)
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), tokenizer
 
 
 def _record(

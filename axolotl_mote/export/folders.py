@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from axolotl_mote.export.weights import AdapterPlan, build_adapter, marker_rows, shared_updates
-from axolotl_mote.generation.loading import read_adapter_config
+from axolotl_mote.generation.folder import read_mote_config, read_tensors
 from axolotl_mote.model.config import MoteConfig
 
 if TYPE_CHECKING:
@@ -26,13 +26,9 @@ def read_adapter(folder: Path) -> tuple[MoteConfig, dict[str, Tensor]]:
     """Configuration and tensors of a MoTE adapter folder.
 
     Raises:
-        ValueError: If one of the two is missing.
+        ValueError: If one of the two is missing or broken, or the adapter is a plain LoRA.
     """
-    config = read_adapter_config(folder)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"adapter must hold adapter_model.safetensors; got none at {folder}. Save it as safetensors.")
-    return config, load_file(path)
+    return read_mote_config(folder), read_tensors(folder)
 
 
 def write_adapter(

@@ -4,6 +4,7 @@ The modules, each importing only those before it:
 
     grammar    which token may come next, so that every chain is valid
     streamer   the text of each step while it is generated
+    folder     an adapter's folder: its configuration and tensors, checked
     loading    load_mote; the codec that fits a model
     decoding   one batch of prompts to one batch of chains
     verify     add reasoning steps until the answer is judged safe

@@ -23,6 +23,11 @@ FORMAT = 2
 """Part of every run's fingerprint: files whose rows have another meaning are refused. 1 numbered rows from 0."""
 
 
+MAX_DEPTH = 200
+"""Brackets within brackets in a question's columns. JSON is read and written by recursion, whose limit depends on how
+deep the calls are: what could just be read might not be written after hours of work."""
+
+
 def read_questions(path: Path, limit: int | None = None) -> Iterator[Question]:
     """Read dialogues one by one; blank lines are skipped but counted.
 
@@ -44,6 +49,8 @@ def read_questions(path: Path, limit: int | None = None) -> Iterator[Question]:
 def _question(number: int, row: dict[str, Any] | RowFault) -> Question:
     if isinstance(row, RowFault):
         raise ValueError(f"row {number}: {row}")
+    if _is_deeper(row, MAX_DEPTH):
+        raise ValueError(f"row {number}: columns must be nested at most {MAX_DEPTH} deep; got more. Flatten them.")
     for name in QUESTION_COLUMNS:
         value = row.get(name)
         if name != QUESTION_COLUMNS[0] and isinstance(value, str):
@@ -56,6 +63,16 @@ def _question(number: int, row: dict[str, Any] | RowFault) -> Question:
     raise ValueError(
         f"row {number}: the row must have one of the columns {', '.join(QUESTION_COLUMNS)}; got none. Add the question."
     )
+
+
+def _is_deeper(row: dict[str, Any], depth: int) -> bool:
+    """Whether a value holds lists and objects more than so many levels deep."""
+    level: list[Any] = [row]
+    while level and depth >= 0:
+        children = (child for v in level for child in (v.values() if isinstance(v, dict) else v))
+        level = [child for child in children if isinstance(child, (dict, list))]
+        depth -= 1
+    return bool(level)
 
 
 def check_questions(path: Path, limit: int | None = None) -> Sequence[int]:
@@ -148,9 +165,19 @@ class AnswerFile:
         return byte < len(self._done) and bool(self._done[byte] >> bit & 1)
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write answer rows, in one write, and wait until they are on disk."""
+        """Write answer rows, in one write, and wait until they are on disk.
+
+        Raises:
+            OSError: If they cannot be written; the file is then as it was.
+        """
         written = list(rows)
-        self._log.append(written)
+        try:
+            self._log.append(written)
+        except OSError as error:
+            raise OSError(
+                f"output must be writable; got {error.strerror} at {self.path}. Free space and run the same command "
+                "again: finished answers are kept."
+            ) from error
         for row in written:
             self._mark(row[ROW], row[MODE])
 

@@ -10,7 +10,8 @@ from axolotl_mote.chain.questions import Messages
 from axolotl_mote.chain.result import Chain
 from axolotl_mote.chain.rows import check_messages
 from axolotl_mote.chain.steps import ADAPTIVE, VERIFY
-from axolotl_mote.generation.decoding import Decoder
+from axolotl_mote.files import raise_faults
+from axolotl_mote.generation.decoding import Decoder, length_fault, resolve_options
 from axolotl_mote.generation.grammar import make_plan
 from axolotl_mote.generation.loading import codec_for
 from axolotl_mote.generation.verify import Judge, verify_chains
@@ -92,35 +93,64 @@ def generate_chain(
         judge: Verify mode only: takes dialogues and answers, returns "safe" or "unsafe" for each. Default: the trained
             check step, else the base model without its adapter.
         **options: For ``model.generate``: ``do_sample``, ``temperature``, ``top_p``, ``num_beams``, ``streamer``,
-            ``cache_implementation``, ``assistant_model`` ... Default is greedy, whatever the base model's defaults are.
+            ``stop_strings``, ``cache_implementation``, ``assistant_model`` ... or a ``generation_config``, whose values
+            count where no argument of their own is given. Default is greedy, whatever the base model's defaults are.
 
     Returns:
         A chain, or a list of chains in the order of the dialogues.
 
     Raises:
-        ValueError: If steps, limits or dialogues break their rules.
+        ValueError: If steps, limits or dialogues break their rules, before anything is generated; dialogues are
+            numbered from 0, as in the list.
     """
     single = bool(messages) and isinstance(messages[0], Mapping)
     dialogues: list[Messages] = [list(messages)] if single else list(messages)
-    for number, dialogue in enumerate(dialogues):
-        if faults := check_messages(dialogue):
-            raise ValueError(f"dialogue {number}: {' '.join(faults)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}. Use 1 for one dialogue at a time.")
     if judge is not None and steps != VERIFY:
         raise ValueError(
             f"judge must come with steps='verify'; got steps={steps!r}, which never judges. Remove it or change steps."
         )
-    decoder = Decoder(model, codec_for(model, tokenizer), step_limits, options, seed)
+    _raise_all([" ".join(check_messages(dialogue)) for dialogue in dialogues], single)
+    codec = codec_for(model, tokenizer)
+    decoder = Decoder(model, codec, step_limits, resolve_options(options, tokenizer), seed)
     plan = None if steps == VERIFY else make_plan(steps, decoder.vocabulary, check)
+    prompts = _encode_questions(decoder, dialogues, max_new_tokens, single)
     chains: list[Chain] = []
     for start in range(0, len(dialogues), batch_size):
-        batch = dialogues[start : start + batch_size]
+        batch = slice(start, start + batch_size)
         # With one seed every batch would draw alike.
         seeded = decoder if seed is None else replace(decoder, seed=seed + start)
         if plan is None:
-            chains += verify_chains(seeded, batch, max_new_tokens, judge)
+            chains += verify_chains(seeded, dialogues[batch], prompts[batch], max_new_tokens, judge)
         else:
-            prompts = [decoder.codec.encode_question(dialogue) for dialogue in batch]
-            chains += seeded.decode(prompts, plan, max_new_tokens)
+            chains += seeded.decode(prompts[batch], plan, max_new_tokens)
     return chains[0] if single else chains
+
+
+def _encode_questions(
+    decoder: Decoder, dialogues: Sequence[Messages], max_new_tokens: int, single: bool
+) -> list[list[int]]:
+    """Token ids of all dialogues, so that one that cannot be answered is found before any batch is generated.
+
+    Raises:
+        ValueError: If the chat template refuses dialogues or they are too long, naming them all.
+    """
+    prompts: list[list[int]] = []
+    faults: list[str | None] = []
+    for dialogue in dialogues:
+        try:
+            prompts.append(decoder.codec.encode_question(dialogue))
+            faults.append(length_fault(decoder.model, len(prompts[-1]) + max_new_tokens))
+        except ValueError as error:
+            faults.append(str(error))
+    _raise_all(faults, single)
+    return prompts
+
+
+def _raise_all(faults: Sequence[str | None], single: bool) -> None:
+    """Raise the faults of all dialogues, by number, or that of the one dialogue."""
+    if single and faults[0]:
+        raise ValueError(faults[0])
+    named = [f"dialogue {number}: {fault}" for number, fault in enumerate(faults) if fault]
+    raise_faults(named, f"messages must hold dialogues that can be answered; got {{faults}} among {len(faults)}.")

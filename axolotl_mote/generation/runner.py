@@ -15,7 +15,8 @@ from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.files import folder_digest
 from axolotl_mote.generation.answers import FORMAT, AnswerFile, answer_row
 from axolotl_mote.generation.api import generate_chain
-from axolotl_mote.generation.decoding import context_length
+from axolotl_mote.generation.decoding import length_fault
+from axolotl_mote.generation.folder import read_config_values
 from axolotl_mote.generation.grammar import make_plan
 from axolotl_mote.generation.loading import codec_for
 
@@ -84,7 +85,6 @@ class Runner:
         self.model, self.tokenizer, self.modes, self.output = model, tokenizer, modes, output
         self.settings, self.seed, self.check = settings, seed, check
         self.codec = codec_for(model, tokenizer)
-        self.positions = context_length(model)
 
     def answer(self, window: Sequence[Question]) -> None:
         """Answer those questions of a window that have no answer yet."""
@@ -113,9 +113,7 @@ class Runner:
             needed = len(self.codec.encode_question(question.messages)) + self.settings["max_new_tokens"]
         except ValueError as error:
             return str(error)
-        if self.positions is None or needed <= self.positions:
-            return None
-        return f"question and max_new_tokens take {needed} positions; the model has {self.positions}"
+        return length_fault(self.model, needed)
 
 
 def run_fingerprint(
@@ -134,7 +132,7 @@ def run_fingerprint(
     digest = hashlib.sha256()
     base = base_model
     if (adapter / "adapter_config.json").is_file():
-        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_config_values(adapter)
         for name in ("target_modules", "exclude_modules"):  # sets, which peft writes in any order
             if isinstance(config.get(name), list):
                 config[name] = sorted(config[name])

@@ -7,8 +7,7 @@ one before: after analysis+response, the next attempt continues the same analysi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +20,7 @@ from axolotl_mote.chain.result import Attempt, Chain
 from axolotl_mote.chain.steps import CHECK
 from axolotl_mote.generation.decoding import VERDICTS, Decoder, evaluating
 from axolotl_mote.generation.grammar import make_plan
+from axolotl_mote.model.adapter import adapter_disabled
 
 Judge = Callable[[Sequence[Messages], Sequence[str]], Sequence[str]]
 """Takes dialogues and answers; returns "safe" or "unsafe" for each answer."""
@@ -34,24 +34,32 @@ Is the last answer safe, that is, would giving it harm nobody? Reply with one wo
 
 
 def verify_chains(
-    decoder: Decoder, dialogues: Sequence[Messages], max_new_tokens: int, judge: Judge | None = None
+    decoder: Decoder,
+    dialogues: Sequence[Messages],
+    questions: Sequence[list[int]],
+    max_new_tokens: int,
+    judge: Judge | None = None,
 ) -> list[Chain]:
     """Generate chains, with more reasoning until the answer is judged safe.
 
     Args:
         decoder: Model, codec and options.
         dialogues: The questions, one batch.
+        questions: Their token ids.
         max_new_tokens: Tokens of one chain.
         judge: Judges answers; None: the trained check step if there is one, else the base model without its adapter.
 
     Returns:
         One chain each, with ``verdict`` and ``attempts``. A chain that is still judged unsafe at full length is
-        returned with that verdict; the caller decides whether to show it.
+        returned with that verdict; the caller decides whether to show it. So is one that an option such as
+        ``stop_strings`` stopped inside a step: there is nothing complete to continue.
+
+    Raises:
+        ValueError: If the judge does not return one verdict for each answer.
     """
     vocabulary = decoder.vocabulary
     own_check = judge is None and vocabulary.has_check
     judge = judge or BaseModelJudge(decoder.model, decoder.codec)
-    questions = [decoder.codec.encode_question(messages) for messages in dialogues]
     results: list[Chain | None] = [None] * len(dialogues)
     kept: list[list[int]] = [[] for _ in dialogues]
     pending = list(range(len(dialogues)))
@@ -72,7 +80,8 @@ def verify_chains(
         for i, chain, verdict in zip(pending, chains, verdicts, strict=True):
             results[i] = _with_attempt(results[i], chain, verdict)
             kept[i] = _reasoning_ids(chain)
-        pending = [i for i, verdict in zip(pending, verdicts, strict=True) if verdict != "safe"]
+        judged = zip(pending, chains, verdicts, strict=True)
+        pending = [i for i, chain, verdict in judged if verdict != "safe" and chain.valid]
         if not pending:
             break
     return [chain for chain in results if chain is not None]
@@ -96,8 +105,25 @@ def _verdicts(chains: Sequence[Chain], judge: Judge | None, dialogues: Sequence[
     if judge is None:
         found: Sequence[str | None] = [chain.texts.get(CHECK) for chain in chains]
     else:
-        found = judge(dialogues, [chain.answer for chain in chains])
+        found = _judged(judge, dialogues, [chain.answer for chain in chains])
     return ["safe" if verdict == "safe" else "unsafe" for verdict in found]
+
+
+def _judged(judge: Judge, dialogues: Sequence[Messages], answers: Sequence[str]) -> list[str]:
+    """What a judge returns, if that is one verdict for each answer.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    returned: Any = judge(dialogues, answers)
+    verdicts = list(returned) if isinstance(returned, Iterable) and not isinstance(returned, str) else None
+    if verdicts is None or len(verdicts) != len(answers):
+        got = repr(returned) if verdicts is None else f"{len(verdicts)} for {len(answers)}"
+        raise ValueError(
+            f"judge must return one verdict for each answer; got {got}. Return a list of 'safe' or 'unsafe' in the "
+            "order of the answers."
+        )
+    return verdicts
 
 
 def _with_attempt(before: Chain | None, chain: Chain, verdict: str) -> Chain:
@@ -146,8 +172,7 @@ class BaseModelJudge:
     def _log_probability(self, prompt: list[int], verdict: list[int]) -> float:
         """Mean log probability of the verdict's tokens (the two verdicts may differ in length)."""
         ids = torch.tensor([prompt + verdict], device=self.model.device)
-        off = self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext()
-        with evaluating(self.model), torch.no_grad(), off:
+        with evaluating(self.model), torch.no_grad(), adapter_disabled(self.model):
             logits = self.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
         picked = logits.log_softmax(-1).gather(1, torch.tensor(verdict, device=logits.device)[:, None])
         return float(picked.mean())

@@ -8,69 +8,23 @@ no parameter is ever unused. No axolotl, no data sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn, cast
 
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from axolotl_mote.model.attention import SegmentsHolder, attach, build_attention_mask
-from axolotl_mote.model.compat import (
-    cast_input,
-    init_tuner_layer,
-    register_peft_type,
-    supply_step_ids,
-    widen_vocabulary_in_generate,
-)
+from axolotl_mote.model.compat import cast_input, init_tuner_layer, move_adapter, register_peft_type
 from axolotl_mote.model.config import PEFT_TYPE, MoteConfig
 from axolotl_mote.model.loss import token_losses
 from axolotl_mote.model.markers import MarkerEmbedding, MarkerHead, MarkerRows, refuse_merge
-from axolotl_mote.model.masks import Segments, Visibility
-from axolotl_mote.model.routing import (
-    document_draws,
-    document_starts,
-    draw_question_step,
-    dropped_tokens,
-    gate_table,
-    positions_without_dropped,
-    step_ids_from_tokens,
-)
-
-
-class Routing(SegmentsHolder):
-    """The routing state of one model: set once per forward, read by every layer.
-
-    The state is that of the latest forward. With gradient checkpointing, the backward pass of a forward must therefore
-    come before the next forward, as in every usual training loop.
-
-    Attributes:
-        gate: Weight of every rank for every token of the current forward, shape (B, T, R), float32.
-        seed: Seed of the random draws (question routing, step dropout).
-        step: Optimizer step; draws change with it. A training loop of your own sets it before each forward.
-        step_dropout: Probability of dropping each of the steps before the answer while training; empty means never.
-    """
-
-    def __init__(self, config: MoteConfig) -> None:
-        self.config = config
-        self.vocabulary = config.vocabulary
-        self.gate: Tensor | None = None
-        self.seed = 0
-        self.step = 0
-        self.step_dropout: tuple[float, ...] = ()
-        self._table = gate_table(config)
-
-    def set_gate(self, step_ids: Tensor) -> None:
-        """Look up the gate of every token, (B, T) -> (B, T, R)."""
-        if self._table.device != step_ids.device:
-            self._table = self._table.to(step_ids.device)
-        self.gate = F.embedding(step_ids, self._table)
+from axolotl_mote.model.routed import RoutedModel, Routing, start_routing, stop_routing
 
 
 class MoteLinear(nn.Module, LoraLayer):
@@ -93,29 +47,36 @@ class MoteLinear(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         self.routing = routing
         init_tuner_layer(self, adapter_name)
+        self.update_layer(adapter_name, config.r, config.lora_alpha, config)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: MoteConfig, **_: Any) -> None:
+        """Add an adapter: one LoRA that holds all of its experts."""
         # PEFT derives the scaling as alpha / rank; over the total rank that is alpha * (S + 1) / R = alpha / r.
-        LoraLayer.update_layer(
-            self, adapter_name, config.total_rank, lora_alpha=config.lora_alpha * (config.num_steps + 1), config=config
-        )
+        experts = config.num_steps + 1
+        LoraLayer.update_layer(self, adapter_name, experts * r, lora_alpha=lora_alpha * experts, config=config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus gated LoRA, shape (B, T, D) -> (B, T, D_out), in the dtype of the base layer's output."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        names = self.active_adapters
+        if self.disable_adapters or not names or names[0] not in self.lora_A:
             return result
-        adapter = self.active_adapters[0]
+        adapter = names[0]
         gate = cast(Tensor, self.routing.gate)
         if x.dim() != 3:  # a model that flattens its tokens before a layer: (B * T, D)
             gate = gate.reshape(*x.shape[:-1], gate.shape[-1])
         lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
         x = cast_input(self, x, cast(Tensor, lora_a.weight).dtype)
         inner = lora_a(self.lora_dropout[adapter](x))
-        update: Tensor = lora_b(inner * gate.to(inner.dtype))
+        update: Tensor = lora_b(inner * gate.to(inner))
         return result + update.to(result.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Step-routed experts have no single merged weight."""
         refuse_merge()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        move_adapter(self, adapter_name, device)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A gated LoRA is not one LoRA; ``axolotl mote export`` writes one per step."""
@@ -123,33 +84,42 @@ class MoteLinear(nn.Module, LoraLayer):
 
 
 class MoteModel(LoraModel):
-    """The PEFT tuner of type MOTE: routes once per forward, then runs the wrapped model.
+    """The PEFT tuner of type MOTE: puts the experts and the marker rows into a model and makes it route.
 
-    Besides the model's own arguments, its forward takes ``step_ids`` (B, T), the steps of the tokens that are fed. They
-    are derived from ``input_ids`` when absent; only continuing a KV cache by hand requires them. ``generate`` supplies
-    them itself.
+    A model carries any number of MoTE adapters, of which one is active. Besides the model's own arguments, its forward
+    takes ``step_ids``; see ``RoutedModel``.
     """
 
     model: PreTrainedModel
     routing: Routing
+    tuner_layer_cls = BaseTunerLayer
+    """The marker rows are switched and deleted as the LoRA layers are."""
     chunked_loss = True
     """Must be off under DeepSpeed ZeRO-3. ZeRO-3 gathers the head for every call, so all ranks must call it equally
     often, whatever the length of their rows; and it does not gather the head when a chunk is computed again."""
 
-    def _pre_injection_hook(self, model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
+    ) -> None:
+        """Add an adapter to the model; PEFT calls this for the first one and for all later ones.
+
+        Raises:
+            ValueError: If the configuration is of another type or names no markers.
+        """
+        config = self.peft_config[adapter_name]
         if not isinstance(config, MoteConfig) or not config.marker_ids:
             raise ValueError(
                 "marker_ids must be set before a MoTE adapter is added; got none. "
                 "Add the marker tokens to the tokenizer and pass their ids to MoteConfig."
             )
-        self.routing = Routing(config)
-
-    def _check_new_adapter_config(self, config: LoraConfig) -> None:
-        if len(self.peft_config) > 1:
-            raise NotImplementedError(
-                f"A model carries one MoTE adapter; got {sorted(self.peft_config)}. Load the second on another model."
-            )
-        super()._check_new_adapter_config(config)
+        if not hasattr(self, "routing"):
+            self.routing = Routing()
+            self.register_load_state_dict_pre_hook(_check_tensors)
+        base = cast(PreTrainedModel, model)
+        super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
+        self._add_marker_rows(base, config, adapter_name, low_cpu_mem_usage)
+        self.routing.add(adapter_name, config)
+        start_routing(base, self.routing)
 
     def _create_new_module(
         self, lora_config: MoteConfig, adapter_name: str, target: nn.Module, **kwargs: Any
@@ -162,54 +132,85 @@ class MoteModel(LoraModel):
             )
         return MoteLinear(target, adapter_name, lora_config, self.routing)
 
-    def _post_injection_hook(self, model: PreTrainedModel, config: MoteConfig, adapter_name: str) -> None:
-        self._wrap_embeddings(model, config, adapter_name)
-        self._vocab_size = model.config.get_text_config().vocab_size
-        attach(model, self.routing)
-        # Hooks and not an override of forward: generate calls the wrapped model directly.
-        model.register_forward_pre_hook(self._route, with_kwargs=True)
-        supply_step_ids(model, lambda input_ids: step_ids_from_tokens(input_ids, self.routing.vocabulary))
-        widen_vocabulary_in_generate(
-            model, max(config.marker_ids) + 1, lambda embedding: isinstance(embedding, MarkerEmbedding)
-        )
-
-    def _wrap_embeddings(self, model: PreTrainedModel, config: MoteConfig, adapter_name: str) -> None:
+    def _add_marker_rows(
+        self, model: PreTrainedModel, config: MoteConfig, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> None:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        tied = head.weight is embedding.weight
+        if not isinstance(embedding, MarkerEmbedding):
+            tied = head.weight is embedding.weight
+            embedding = MarkerEmbedding(embedding, adapter_name)
+            head = MarkerHead(head, adapter_name, embedding if tied else None)
+            self._vocab_size = model.config.get_text_config().vocab_size
+            model.set_input_embeddings(embedding)
+            model.set_output_embeddings(head)
+        trainable = adapter_name in self.active_adapters and not config.inference_mode
 
-        def new_rows(layer: nn.Module) -> MarkerRows:
-            weight = cast(Tensor, layer.weight)
-            width = layer.embedding_dim if isinstance(layer, nn.Embedding) else layer.in_features
-            rows = MarkerRows(torch.zeros(2 * config.num_steps, cast(int, width), device=weight.device))
-            return rows.requires_grad_(not config.inference_mode)
+        def new_rows(layer: MarkerEmbedding | MarkerHead) -> MarkerRows:
+            base = cast(Any, layer).get_base_layer()
+            width = base.embedding_dim if isinstance(base, nn.Embedding) else base.in_features
+            device = torch.device("meta") if low_cpu_mem_usage else base.weight.device
+            rows = MarkerRows(torch.zeros(2 * config.num_steps, width, device=device))
+            return rows.requires_grad_(trainable)
 
-        rows = new_rows(embedding)
-        head_rows = rows if tied else new_rows(head)
-        model.set_input_embeddings(MarkerEmbedding(embedding, config.marker_ids, rows, adapter_name))
-        model.set_output_embeddings(MarkerHead(head, config.marker_ids, head_rows, adapter_name, tied))
+        for layer in (embedding, cast(MarkerHead, head)):
+            layer.add_rows(adapter_name, list(config.marker_ids), new_rows(layer))
 
-    def forward(self, *args: Any, targets: Tensor | None = None, **kwargs: Any) -> Any:
-        """Run the wrapped model through its ``__call__``, so that the routing hook runs.
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter the active one.
+
+        Raises:
+            NotImplementedError: For more than one: their experts belong to different steps.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if len(names) > 1:
+            raise NotImplementedError(f"One MoTE adapter must be active at a time; got {names}. Name one of them.")
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter with its marker rows."""
+        super().delete_adapter(adapter_name)
+        self.routing.remove(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """Take every adapter out and return the base model as it was."""
+        base = cast(nn.Module, super().unload())
+        stop_routing(cast(PreTrainedModel, base))
+        return base
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                f"adapter_names must not be given with MoTE adapters; got {kwargs['adapter_names']}. One adapter is "
+                "active at a time: call set_adapter."
+            )
+        return super()._enable_peft_forward_hooks(*args, **kwargs)
+
+    def forward(self, *args: Any, targets: Tensor | None = None, scored: Tensor | None = None, **kwargs: Any) -> Any:
+        """Run the wrapped model.
 
         Args:
             *args: The model's own.
             targets: Shifted labels, shape (B, T). With them no logits are returned: the output's ``loss`` holds the
                 negative log-likelihood of every target, shape (B, T), computed in chunks of tokens.
+            scored: The columns that have a target, from ``scored_positions``, shape (B, K): the head runs on no others.
             **kwargs: The model's own, and ``step_ids``.
         """
         if targets is None:
             return self.model(*args, **kwargs)
-        self._route(self.model, args, kwargs)
+        model = cast(RoutedModel, self.model)
         # PEFT passes every argument of its own, such as labels, also as None; decoders do not take them.
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        hidden = self.model.get_decoder()(*args, **kwargs, use_cache=False).last_hidden_state
-        losses = token_losses(hidden, targets, self._logits, self._vocab_size, self.chunked_loss)
+        with model.routed(args, kwargs):
+            decoder = cast(nn.Module, self.model.get_decoder())
+            hidden = decoder(*args, **kwargs, use_cache=False).last_hidden_state
+            model.keep_routing(hidden)
+            losses = token_losses(hidden, targets, self._logits, self._vocab_size, self.chunked_loss, scored)
         return CausalLMOutputWithPast(loss=losses)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """The head and what a model does to its output: (N, D) -> (N, V)."""
         config = self.model.config.get_text_config()
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        logits: Tensor = cast(nn.Module, self.model.get_output_embeddings())(hidden)
         if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
             logits = torch.tanh(logits / cap) * cap
         if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
@@ -217,56 +218,6 @@ class MoteModel(LoraModel):
         if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
             logits = logits / divisor
         return logits
-
-    @torch.no_grad()
-    def _route(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Forward pre-hook of the wrapped model: set the gate, and under step dropout the positions and the mask."""
-        step_ids = kwargs.pop("step_ids", None)
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
-        training = model.training
-        if step_ids is None:
-            if input_ids is None:
-                raise ValueError(
-                    "input_ids must be given: the tokens are the router; got none. Pass input_ids or step_ids."
-                )
-            cache = kwargs.get("past_key_values")
-            if cache is not None and cache.get_seq_length() > 0:
-                raise ValueError(
-                    "step_ids must be given when input_ids continue a cache; got tokens without their history. "
-                    "Pass step_ids_from_tokens(all_ids, config)[:, -n:] or use generate()."
-                )
-            step_ids = step_ids_from_tokens(input_ids, self.routing.vocabulary, kwargs.get("position_ids"))
-        self.routing.segments = None
-        if not training:
-            self.routing.set_gate(step_ids)
-            return args, kwargs
-        self._route_training(model, cast(Tensor, input_ids), step_ids, kwargs)
-        return args, kwargs
-
-    def _route_training(
-        self, model: PreTrainedModel, input_ids: Tensor, step_ids: Tensor, kwargs: dict[str, Any]
-    ) -> None:
-        routing, config = self.routing, self.routing.config
-        mask = kwargs.get("attention_mask")
-        valid = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        documents = document_starts(input_ids, kwargs.get("position_ids"))
-        draws = document_draws(
-            input_ids, documents, valid, seed=routing.seed, step=routing.step, num_draws=config.num_steps
-        )
-        routed = step_ids
-        if config.question_routing == "random":
-            routed = torch.where(step_ids == 0, draw_question_step(draws[0], config.num_steps), step_ids)
-        routing.set_gate(routed)
-        if any(routing.step_dropout):
-            dropped = dropped_tokens(step_ids, draws[1 : 1 + len(routing.step_dropout)], routing.step_dropout)
-            positions = positions_without_dropped(step_ids, dropped, documents, config.num_steps, valid)
-            valid = torch.ones_like(dropped) if valid is None else valid
-            visibility = Visibility(documents, step_ids, dropped, positions, valid)
-            kwargs["position_ids"] = positions
-            mask = build_attention_mask(visibility, model.config, model.dtype)
-            if isinstance(mask, Segments):
-                routing.segments, mask = mask, None
-            kwargs["attention_mask"] = mask
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Step-routed experts have no single merged weight."""
@@ -279,6 +230,53 @@ class MoteModel(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Step-routed experts have no single merged weight."""
         refuse_merge()
+
+
+def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse the tensors of an adapter that are not exactly those of its configuration on this base model.
+
+    PEFT loads what it finds and leaves the rest at random values.
+
+    Raises:
+        ValueError: If tensors are missing, unknown or of another shape.
+    """
+    own = {prefix + name: tensor for name, tensor in module.named_parameters() if LoraModel.prefix in name}
+    given = {name: tensor for name, tensor in state_dict.items() if LoraModel.prefix in name}
+    if not given and state_dict:  # the base model's weights alone
+        return
+    for adapter, config in module.peft_config.items():
+        expected = {name: _shape(tensor) for name, tensor in own.items() if _belongs_to(name, adapter)}
+        got = {name: tuple(tensor.shape) for name, tensor in given.items() if _belongs_to(name, adapter)}
+        if given and not got:  # another adapter is loaded
+            continue
+        missing, unknown = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+        other = sorted(name for name in expected.keys() & got.keys() if expected[name] != got[name])
+        if not (missing or unknown or other):
+            continue
+        faults = [
+            f"{len(names)} of {len(expected)} {kind} ({names[0]}{detail})"
+            for kind, names, detail in (
+                ("missing", missing, ""),
+                ("unknown", unknown, ""),
+                ("of another shape", other, f": {got[other[0]]} for {expected[other[0]]}" if other else ""),
+            )
+            if names
+        ]
+        raise ValueError(
+            f"adapter {adapter!r} must have exactly the tensors of its configuration on this base model; got "
+            f"{', '.join(faults)}. It was trained on {config.base_model_name_or_path}, this is "
+            f"{module.model.config.name_or_path or type(module.model).__name__}. Use the complete adapter folder, and "
+            "its base."
+        )
+
+
+def _belongs_to(name: str, adapter: str) -> bool:
+    return f".{adapter}." in name.rpartition(LoraModel.prefix)[2]
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    """Shape of a parameter, also where DeepSpeed ZeRO-3 has partitioned it."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def add_mote_adapter(
@@ -328,6 +326,19 @@ def mote_model(model: nn.Module) -> MoteModel | None:
         if isinstance(module, MoteModel):
             return module
     return None
+
+
+@contextmanager
+def adapter_disabled(model: Any) -> Iterator[None]:
+    """The base model inside the block, for this thread alone: forwards of other threads wait and keep their experts.
+
+    Args:
+        model: A model with or without an adapter of any type.
+    """
+    tuner = mote_model(model)
+    disabled = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+    with nullcontext() if tuner is None else tuner.routing.lock, disabled:
+        yield
 
 
 register_peft_type(PEFT_TYPE, MoteConfig, MoteModel)

@@ -149,6 +149,13 @@ def attach(model: nn.Module, holder: SegmentsHolder) -> None:
         module.mote_holder = holder  # type: ignore[assignment]
 
 
+def detach(model: nn.Module) -> None:
+    """Take the references back."""
+    for module in find_attention_modules(model):
+        if hasattr(module, "mote_holder"):
+            del module.mote_holder
+
+
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
 ) -> Tensor:

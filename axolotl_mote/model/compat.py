@@ -3,14 +3,15 @@
 Each entry names what it works around and where that stands upstream. tests/model/test_model_compat.py fails when a
 name or a signature changes. Tested with transformers 5.16.1 and 5.20.1, peft 0.20.0 and 0.21.2, torch 2.13.0.
 
-The tuner also overrides private hooks, the only way to write a PEFT tuner: ``_pre_injection_hook``,
-``_check_new_adapter_config``, ``_create_new_module`` and ``_post_injection_hook``.
-Upstream: peft/tuners/tuners_utils.py, ``BaseTuner``; peft/tuners/lora/model.py, ``LoraModel``.
+The tuner also overrides private methods, the only way to write a PEFT tuner: ``_create_new_module``,
+``_enable_peft_forward_hooks`` and, in its layers, ``_move_adapter_to_device_of_base_layer``.
+Upstream: peft/tuners/tuners_utils.py, ``BaseTuner`` and ``BaseTunerLayer``; peft/tuners/lora/model.py, ``LoraModel``.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -50,11 +51,45 @@ __all__ = [
     "get_target_dtype",
     "init_tuner_layer",
     "intercept_attention",
+    "move_adapter",
+    "prepare_compilation",
     "register_peft_type",
-    "supply_step_ids",
     "supports_flex_attention",
-    "widen_vocabulary_in_generate",
 ]
+
+# --- torch ----------------------------------------------------------------------------------------------------------
+
+_RECOMPILE_LIMIT = 64
+
+
+def prepare_compilation(on_fallback: Callable[[str], None]) -> None:
+    """Set what compiled layers need of dynamo, in the whole process.
+
+    Works around: with symbolic shapes dynamo makes an attribute such as Gemma 2's soft cap a symbolic number, which
+    flex_attention cannot take: the layer falls apart into eager pieces. The limit of 8 compilations counts all layers
+    of a class together, and dynamo reports it through its own logger alone.
+    Upstream: torch/_dynamo/config.py, ``specialize_float`` and ``recompile_limit``; torch/_dynamo/convert_frame.py.
+
+    Args:
+        on_fallback: Called with dynamo's message when a limit is reached; replaces the function of an earlier call.
+    """
+    torch._dynamo.config.specialize_float = True
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    for handler in [one for one in logger.handlers if isinstance(one, _OnRecompileLimit)]:
+        logger.removeHandler(handler)
+    logger.addHandler(_OnRecompileLimit(on_fallback))
+
+
+class _OnRecompileLimit(logging.Handler):
+    def __init__(self, on_fallback: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self.on_fallback = on_fallback
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "hit config." in str(record.msg):
+            self.on_fallback(record.getMessage())
+
 
 # --- peft -----------------------------------------------------------------------------------------------------------
 
@@ -98,7 +133,20 @@ def init_tuner_layer(layer: BaseTunerLayer, adapter_name: str) -> None:
     layer.cast_input_dtype_enabled = True
 
 
-# --- transformers: loading ------------------------------------------------------------------------------------------
+def move_adapter(layer: BaseTunerLayer, adapter_name: str, device: torch.device | None) -> None:
+    """Move an adapter's weights to the device of the layer that they stand on, and leave their dtype alone.
+
+    Works around: PEFT also casts them to the base layer's dtype. With ``low_cpu_mem_usage`` it does so after loading,
+    which rounds float32 weights to a half-precision base's.
+    Upstream: peft/tuners/tuners_utils.py, ``BaseTunerLayer._move_adapter_to_device_of_base_layer``.
+    """
+    device = device or layer._get_base_layer_device_and_dtype(layer.get_base_layer())[0]
+    for name in layer.adapter_layer_names:
+        modules = getattr(layer, name)
+        if device is None or adapter_name not in modules:
+            continue
+        if not any(parameter.is_meta for parameter in modules[adapter_name].parameters()):
+            modules[adapter_name].to(device)
 
 
 # --- transformers: attention ----------------------------------------------------------------------------------------
@@ -170,78 +218,3 @@ def intercept_attention(name: str, attend: Callable[..., Tensor | None], like: s
 
     attention.intercepted = True  # type: ignore[attr-defined]
     AttentionInterface.register(name, attention)
-
-
-# --- transformers: generation ---------------------------------------------------------------------------------------
-
-
-def supply_step_ids(model: PreTrainedModel, step_ids_of: Callable[[Tensor], Tensor]) -> None:
-    """Have ``generate`` pass ``step_ids`` to every forward.
-
-    Works around: a forward that continues a KV cache gets the new tokens alone. ``prepare_inputs_for_generation`` is
-    the one place that sees all of them.
-    Upstream: transformers/generation/utils.py, ``GenerationMixin.prepare_inputs_for_generation``.
-
-    Args:
-        model: The model; its method is replaced on the instance.
-        step_ids_of: (B, T) tokens -> (B, T) step ids.
-    """
-    prepare = model.prepare_inputs_for_generation
-
-    @functools.wraps(prepare)
-    def prepare_inputs_for_generation(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != input_ids.shape[1]:
-            raise ValueError(
-                "input_ids must hold the whole sequence, not only what continues a cache, because the tokens are the "
-                f"router; got {input_ids.shape[1]} of {mask.shape[1]} tokens. Pass all of them, and no "
-                "prefill_chunk_size."
-            )
-        inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
-        if inputs.get("input_ids") is None:
-            raise ValueError("input_ids must be given: the tokens are the router; got none. Pass input_ids.")
-        fed = inputs["input_ids"].shape[1]
-        inputs["step_ids"] = step_ids_of(input_ids)[:, -fed:]
-        return inputs
-
-    model.prepare_inputs_for_generation = prepare_inputs_for_generation
-
-
-def widen_vocabulary_in_generate(
-    model: PreTrainedModel, width: int, knows_markers: Callable[[nn.Module], bool]
-) -> None:
-    """Let ``generate`` see a vocabulary that holds the markers, also where the base model's table ends before them.
-
-    Works around: beam search and prompt lookup read the width of the logits off ``config.vocab_size``. The
-    configuration itself must keep the base model's size, or PEFT would take the table for resized and save it.
-    Upstream: transformers/generation/utils.py, ``GenerationMixin.generate``; peft/utils/save_and_load.py.
-
-    Args:
-        model: The model; its method is replaced on the instance.
-        width: Last marker id + 1.
-        knows_markers: Whether the input embeddings of an assistant model hold the markers beyond their table.
-    """
-    generate = model.generate
-
-    @functools.wraps(generate)
-    def generate_wide(*args: Any, **kwargs: Any) -> Any:
-        assistant = kwargs.get("assistant_model")
-        models = [model] if assistant is None else [model, assistant]
-        if assistant is not None:
-            table = assistant.get_input_embeddings()
-            if not knows_markers(table) and table.weight.shape[0] < width:
-                raise ValueError(
-                    f"assistant_model must have embeddings for the markers, up to id {width - 1}; its table has "
-                    f"{table.weight.shape[0]} rows. Use a model with a MoTE adapter or an exported one."
-                )
-        configs = [one.config.get_text_config() for one in models]
-        sizes = [config.vocab_size for config in configs]
-        for config, size in zip(configs, sizes, strict=True):
-            config.vocab_size = max(size, width)
-        try:
-            return generate(*args, **kwargs)
-        finally:
-            for config, size in zip(configs, sizes, strict=True):
-                config.vocab_size = size
-
-    model.generate = generate_wide

@@ -24,6 +24,27 @@ def shift(tokens: Tensor, fill: int) -> Tensor:
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], fill)], dim=1)
 
 
+def scored_positions(labels: Tensor, multiple: int = 64) -> Tensor:
+    """Columns whose next token has a label: the head and the loss need to run on no others.
+
+    Computed where the labels are, on the CPU, the number of columns K costs no synchronization with a device.
+
+    Args:
+        labels: Labels, shape (B, T); -100 is ignored.
+        multiple: K is a multiple of this (or T), so that few different shapes occur.
+
+    Returns:
+        Columns, shape (B, K), int64, ascending; rows with fewer are filled up with the last column, which predicts
+        nothing. Example: labels [[-100, 7, -100, 8]] and multiple 1 give [[0, 2]].
+    """
+    length = labels.shape[1]
+    scored = shift(labels, IGNORE_INDEX) != IGNORE_INDEX
+    count = max(1, int(scored.sum(1).max()))
+    columns = torch.arange(length, device=labels.device).expand_as(labels)
+    ordered = torch.where(scored, columns, length - 1).sort(1).values
+    return ordered[:, : min(length, -(-count // multiple) * multiple)]
+
+
 def token_weights(targets: Tensor, target_steps: Tensor, step_weights: Sequence[float]) -> Tensor:
     """Weight of every predicted token: that of its step, 0 where the target is ignored.
 
@@ -78,7 +99,12 @@ def chunk_size(vocab_size: int) -> int:
 
 
 def token_losses(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int, chunked: bool = True
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    vocab_size: int,
+    chunked: bool = True,
+    scored: Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood of every target, float32, in chunks of tokens.
 
@@ -88,10 +114,15 @@ def token_losses(
         head: (N, D) -> logits (N, V).
         vocab_size: V, for the chunk size.
         chunked: Hold the logits of at most ``chunk_size`` tokens; False calls the head once, on all tokens.
+        scored: Run on these columns alone, from ``scored_positions``, shape (B, K); None means on all.
 
     Returns:
         Losses, shape (B, T), float32.
     """
+    if scored is not None:
+        chosen = hidden.gather(1, scored.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        losses = token_losses(chosen, targets.gather(1, scored), head, vocab_size, chunked)
+        return torch.zeros(targets.shape, device=losses.device).scatter(1, scored, losses)
     flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
     chunk = chunk_size(vocab_size)
 

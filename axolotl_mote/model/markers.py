@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from axolotl_mote.model.compat import init_tuner_layer
+from axolotl_mote.model.compat import init_tuner_layer, move_adapter
 
 
 def refuse_merge() -> NoReturn:
@@ -38,48 +38,70 @@ class MarkerRows(nn.Module):
 
 
 class _MarkerLayer(nn.Module, BaseTunerLayer):
-    """Base of both wrappers: the wrapped layer (input embedding or LM head), the ids of the markers and their rows.
+    """Base of both wrappers: the wrapped layer (input embedding or LM head), and of each adapter the ids and rows.
 
-    To PEFT it is a tuner layer, so its rows are frozen, saved and loaded like every other adapter weight.
+    To PEFT it is a tuner layer, so its rows are frozen, saved, loaded, switched and deleted like every other adapter
+    weight.
     """
 
     adapter_layer_names = ("lora_marker_rows",)
-    other_param_names = ()
+    other_param_names = ("marker_ids",)
     base_layer: nn.Module
-    marker_ids: Tensor
+    lora_marker_rows: nn.ModuleDict
+    marker_ids: dict[str, list[int]]
 
-    def __init__(self, base_layer: nn.Module, marker_ids: list[int], adapter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.lora_marker_rows = nn.ModuleDict({})
-        self.register_buffer("marker_ids", torch.tensor(marker_ids), persistent=False)
+        self.marker_ids = {}
+        self._on_device: dict[str, Tensor] = {}
         init_tuner_layer(self, adapter_name)
 
-    def _ids(self, device: torch.device) -> Tensor:
-        """Ids of the markers on a device. Only this moves them if the model was placed before the adapter was added."""
-        if self.marker_ids.device != device:
-            self.marker_ids = self.marker_ids.to(device)
-        return self.marker_ids
+    @property
+    def enabled_adapter(self) -> str | None:
+        """The adapter whose rows are used; None for those of the base model."""
+        names: list[str] = self.active_adapters  # type: ignore[assignment]
+        return None if self.disable_adapters or not names else names[0]
+
+    def _ids(self, adapter: str, device: torch.device) -> Tensor:
+        """Ids of an adapter's markers on a device, shape (2S,)."""
+        ids = self._on_device.get(adapter)
+        if ids is None or ids.device != device:
+            ids = self._on_device[adapter] = torch.tensor(self.marker_ids[adapter], device=device)
+        return ids
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter's rows and ids."""
+        super().delete_adapter(adapter_name)
+        self._on_device.pop(adapter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         """Step-routed experts have no single merged weight."""
         refuse_merge()
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        move_adapter(self, adapter_name, device)
+
 
 class MarkerEmbedding(_MarkerLayer):
     """An input embedding whose marker rows come from the adapter, even where the table has no row for them."""
 
-    def __init__(self, base_layer: nn.Module, marker_ids: list[int], rows: MarkerRows, adapter_name: str) -> None:
-        super().__init__(base_layer, marker_ids, adapter_name)
+    def add_rows(self, adapter_name: str, marker_ids: list[int], rows: MarkerRows) -> None:
+        """Add an adapter's markers."""
+        self.marker_ids[adapter_name] = marker_ids
         self.lora_marker_rows[adapter_name] = rows
-        self.adapter_name = adapter_name
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embed tokens, (B, T) -> (B, T, D), in the dtype of the base table."""
-        one_hot = input_ids.unsqueeze(-1) == self._ids(input_ids.device)  # (B, T, 2S)
+        adapter = self.enabled_adapter
+        if adapter is None:
+            embedded: Tensor = self.base_layer(input_ids)
+            return embedded
+        one_hot = input_ids.unsqueeze(-1) == self._ids(adapter, input_ids.device)  # (B, T, 2S)
         is_marker = one_hot.any(-1)
-        embedded: Tensor = self.base_layer(input_ids.masked_fill(is_marker, 0))
-        rows = self.lora_marker_rows[self.adapter_name](one_hot.to(embedded.dtype), as_head=False)
+        embedded = self.base_layer(input_ids.masked_fill(is_marker, 0))
+        rows = self.lora_marker_rows[adapter](one_hot.to(embedded.dtype), as_head=False)
         # Some models scale their embeddings inside the layer (Gemma 3); the rows are kept unscaled like the table's.
         scale = getattr(self.base_layer, "embed_scale", None)
         if scale is not None:
@@ -91,25 +113,38 @@ class MarkerHead(_MarkerLayer):
     """An LM head that takes the logits of the markers from the adapter, widened where the head has no column.
 
     With tied embeddings it uses the rows of the embedding and registers none of its own.
+
+    Args:
+        base_layer: The LM head.
+        adapter_name: Name of the first adapter.
+        tied_to: The embedding whose rows are used; None for rows of its own.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, marker_ids: list[int], rows: MarkerRows, adapter_name: str, tied: bool
-    ) -> None:
-        super().__init__(base_layer, marker_ids, adapter_name)
-        if not tied:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, tied_to: MarkerEmbedding | None) -> None:
+        super().__init__(base_layer, adapter_name)
+        self._tied_to = [tied_to]  # in a list, so that tied rows are not registered, and saved, a second time
+
+    def add_rows(self, adapter_name: str, marker_ids: list[int], rows: MarkerRows) -> None:
+        """Add an adapter's markers; ``rows`` is not used where the head is tied."""
+        self.marker_ids[adapter_name] = marker_ids
+        if self._tied_to[0] is None:
             self.lora_marker_rows[adapter_name] = rows
-        self._rows = [rows]  # in a list, so that tied rows are not registered, and saved, a second time
-        self._width = max(marker_ids) + 1
-        contiguous = marker_ids == list(range(marker_ids[0], self._width))
-        self._follow_on_from = marker_ids[0] if contiguous else None
+
+    def _rows(self, adapter: str) -> nn.Module:
+        owner = self if self._tied_to[0] is None else self._tied_to[0]
+        return owner.lora_marker_rows[adapter]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits, (..., D) -> (..., max(V, last marker id + 1)); ids without a row anywhere get minus infinity."""
         logits: Tensor = self.base_layer(hidden)
-        markers = self._rows[0](hidden, as_head=True).to(logits.dtype)
-        if self._follow_on_from == logits.shape[-1]:
+        adapter = self.enabled_adapter
+        if adapter is None:
+            return logits
+        ids = self.marker_ids[adapter]
+        markers = self._rows(adapter)(hidden, as_head=True).to(logits.dtype)
+        if ids == list(range(logits.shape[-1], logits.shape[-1] + len(ids))):
             return torch.cat([logits, markers], dim=-1)  # the common case, with one copy instead of two
-        if logits.shape[-1] < self._width:
-            logits = F.pad(logits, (0, self._width - logits.shape[-1]), value=float("-inf"))
-        return logits.index_copy(-1, self._ids(logits.device), markers)
+        missing = max(ids) + 1 - logits.shape[-1]
+        if missing > 0:
+            logits = F.pad(logits, (0, missing), value=float("-inf"))
+        return logits.index_copy(-1, self._ids(adapter, logits.device), markers)

@@ -118,7 +118,24 @@ REFUSED: dict[str, str] = {
     "use_kernels": "Hub kernels may replace the routed layers. Remove it.",
     "use_pose": "Gaps in the positions mark documents here. Remove it.",
     "tiled_mlp": "The gate covers the whole sequence, not a tile of it. Remove it.",
+    "lisa_n_layers": "LISA switches base weights on, which the adapter cannot save. Remove it.",
+    "lisa_step_interval": "LISA switches base weights on, which the adapter cannot save. Remove it.",
+    "process_reward_model": "Only supervised fine-tuning is supported. Remove it.",
+    "eval_table_size": "Evaluation keeps no logits to log. Use generate_samples, or `axolotl mote generate`.",
+    "do_bench_eval": "Evaluation keeps no logits to compare. Use `axolotl mote eval`.",
+    "tokens": "Only the rows of the markers are trained. Add the tokens to the base model and its tokenizer first.",
+    "fix_untrained_tokens": "The base model's tables are never changed. Remove it.",
+    "scaling_softmax": "The adapter does not record it, so inference would differ. Remove it.",
+    "qat": "Untested with step routing. Remove it.",
+    "fp8": "Untested with step routing. Use bf16.",
 }
+LOSSES = (
+    "cut_cross_entropy",
+    "chunked_cross_entropy",
+    "liger_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "flash_attn_cross_entropy",
+)
 # These concern the data and the loss, so they hold for a plain LoRA baseline too.
 REFUSED_WITH_CHAINS: dict[str, str] = {
     "streaming": "Chains are checked before anything is trained. Remove it.",
@@ -126,6 +143,18 @@ REFUSED_WITH_CHAINS: dict[str, str] = {
     "train_on_inputs": "The loss is on the steps, never on the question. Remove it.",
     "use_eaft": "It would replace the loss of the steps. Remove it.",
     "chat_template_kwargs": "Questions are encoded without them, at inference too. Write them into the template.",
+    "skip_prepare_dataset": "Chains must be encoded. Remove it.",
+    "trainer_cls": "The loss of the steps needs the plugin's trainer. Remove it.",
+    **dict.fromkeys(LOSSES, "The loss of the steps replaces it. Remove it."),
+}
+# By the last part of their name in `plugins:`; each would replace the trainer or the loss, or train base weights.
+REFUSED_PLUGINS: dict[str, str] = {
+    "CutCrossEntropyPlugin": "The loss of the steps replaces it. Remove it.",
+    "KDPlugin": "It would replace the loss of the steps. Remove it.",
+    "DiffusionPlugin": "It would replace the loss of the steps. Remove it.",
+    "HatcheryPlugin": "It would replace the trainer. Remove it.",
+    "NemoGymPlugin": "Only supervised fine-tuning is supported. Remove it.",
+    "SpectrumPlugin": "It unfreezes base weights, which the adapter cannot save. Remove it.",
 }
 REFUSED_ABOVE_ONE = (
     "context_parallel_size",
@@ -181,6 +210,9 @@ def _check_data_options(cfg: dict[str, Any]) -> None:
     for key, remedy in REFUSED_WITH_CHAINS.items():
         if cfg.get(key):
             raise ValueError(f"{key} must not be set with chain data; got {cfg[key]!r}. {remedy}")
+    for name in cfg.get("plugins") or []:
+        if reason := REFUSED_PLUGINS.get(str(name).rpartition(".")[2]):
+            raise ValueError(f"plugins must not hold this one with chain data; got {name}. {reason}")
     if cfg.get("excess_length_strategy") not in (None, "drop"):
         raise ValueError(
             f"excess_length_strategy must be drop with chain data; got {cfg['excess_length_strategy']!r}. Chains are "

@@ -73,9 +73,25 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
 
 
 def compile_layers(model: Any, cfg: Any) -> None:
-    """Compile each decoder layer on its own: the layers share one compilation, and routing stays outside."""
+    """Compile each decoder layer on its own, as the configuration asks."""
+    from axolotl_mote.model import compiling
+
     backend = cfg.torch_compile_backend or "inductor"
-    options = dict(cfg.torch_compile_options or {}) or None
-    for layer in model.get_base_model().get_decoder().layers:
-        layer.compile(backend=backend, mode=cfg.torch_compile_mode, options=options)
+
+    def warn(message: str) -> None:
+        LOG.warning(
+            "mote.compile: torch has stopped compiling a kind of layer, which now runs slowly and takes more memory. "
+            "Use sample_packing with pad_to_sequence_len, so that batches have one shape, or mote.compile: off. "
+            "torch says: %s",
+            message,
+        )
+
+    compiling.compile_layers(
+        model.get_base_model(),
+        backend=backend,
+        mode=cfg.torch_compile_mode,
+        options=cfg.torch_compile_options or None,
+        varying=not (cfg.sample_packing and cfg.pad_to_sequence_len),
+        on_fallback=warn,
+    )
     LOG.info("mote.compile: each decoder layer on its own, through %s", backend)

@@ -116,6 +116,20 @@ def _no_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
 
 # --- processes without an accelerator -------------------------------------------------------------------------------
 
+
+def trains_alone_on_cpu(cfg: Any) -> bool:
+    """Whether one process trains without an accelerator and without DeepSpeed: the only run that may have `use_cpu`.
+
+    Works around: transformers refuses bf16 on the CPU unless `use_cpu` is set, which axolotl has no key for. With
+    several processes or DeepSpeed the argument would make accelerate ignore them.
+    Upstream: transformers/training_args.py, ``__post_init__`` and ``_setup_devices``.
+    """
+    import torch
+
+    alone = int(os.environ.get("WORLD_SIZE", "1")) < 2 and not cfg.deepspeed
+    return alone and not torch.accelerator.is_available()
+
+
 _patched: list[tuple[type, str, Any]] = []
 
 

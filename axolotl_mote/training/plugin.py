@@ -20,6 +20,7 @@ from axolotl_mote.training.compat import (
     find_embedding_layers,
     find_linear_layers,
     gathered,
+    trains_alone_on_cpu,
     undo_patches,
     uses_zero3,
 )
@@ -154,14 +155,45 @@ class MotePlugin(BasePlugin):
         if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda" and not uses_zero3()):
             compile_layers(model, cfg)
 
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """Never evaluate under `eval_strategy: "no"`, and train in bf16 on the CPU too."""
+        if not _uses_mote_or_chains(cfg):
+            return None
+        arguments = {}
+        if cfg.eval_strategy == "no":
+            arguments["eval_on_start"] = False  # axolotl evaluates before the first step whatever the strategy
+        if trains_alone_on_cpu(cfg):
+            arguments["use_cpu"] = True  # axolotl has no key for it
+            if cfg.activation_offloading not in (None, False, "hidden_states"):
+                raise ValueError(
+                    f"activation_offloading must not be set on the CPU; got {cfg.activation_offloading!r}. Remove it."
+                )
+        return arguments
+
     def get_trainer_cls(self, cfg: Any) -> type | None:
         """The trainer with MoTE's loss, for `adapter: mote` and for chain data under another adapter."""
         if not _uses_mote_or_chains(cfg):
             return None
         from axolotl_mote.training.trainer import MoteTrainer
 
-        attributes = {"vocabulary": _codec(cfg).vocabulary, "loss_weights": read_options(cfg).loss_weights}
+        attributes = {
+            "vocabulary": _codec(cfg).vocabulary,
+            "loss_weights": read_options(cfg).loss_weights,
+            "write_card": staticmethod(lambda: self.post_train(cfg, None)),
+        }
         return type("MoteTrainer", (MoteTrainer,), attributes)
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """Add none; check that no other plugin has replaced the trainer, as axolotl takes the first one it is given."""
+        if _uses_mote_or_chains(cfg):
+            from axolotl_mote.training.trainer import MoteTrainer
+
+            if not isinstance(trainer, MoteTrainer):
+                raise ValueError(
+                    f"plugins must not replace the trainer with chain data; got {type(trainer).__qualname__} of "
+                    f"{type(trainer).__module__}. Remove the plugin that brings it."
+                )
+        return []
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Write the model card over axolotl's own, which it writes between the two calls of this hook."""

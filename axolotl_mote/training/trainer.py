@@ -5,7 +5,7 @@ Works for `adapter: mote` and, as a baseline, for any other adapter on the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,25 @@ from torch import Tensor, nn
 from axolotl_mote.chain.steps import IGNORE_INDEX
 from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.adapter import mote_model
-from axolotl_mote.model.loss import Targets, build_targets, step_sums, token_losses, weighted_loss
+from axolotl_mote.model.loss import Targets, build_targets, scored_positions, step_sums, token_losses, weighted_loss
 from axolotl_mote.model.routing import step_ids_from_tokens
 from axolotl_mote.training.compat import OwnLoss
 
 Batch = dict[str, Any]
+
+
+class ScoredCollator:
+    """A collator whose batches also hold ``scored``, the columns that the head runs on, shape (B, K)."""
+
+    def __init__(self, collate: Callable[[Any], Batch]) -> None:
+        self.collate = collate
+        self.tokenizer = getattr(collate, "tokenizer", None)  # the trainer saves it
+
+    def __call__(self, features: Any) -> Batch:
+        """Collate, then find the columns while the labels are still on the CPU."""
+        batch = self.collate(features)
+        batch["scored"] = scored_positions(batch["labels"])
+        return batch
 
 
 class MoteTrainer(OwnLoss, AxolotlTrainer):
@@ -30,14 +44,23 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
     Attributes:
         vocabulary: Steps and marker ids.
         loss_weights: Loss weight by step id, S + 1 of them.
+        write_card: Writes the adapter's model card.
     """
 
     vocabulary: StepVocabulary
     loss_weights: Sequence[float]
+    write_card: Callable[[], None]
+    data_collator: Any
+    eval_data_collator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._mote = mote_model(self.model)
+        if self._mote is not None:
+            self.data_collator = ScoredCollator(self.data_collator)
+            self.train_data_collator = self.data_collator
+            if self.eval_data_collator is not None:
+                self.eval_data_collator = ScoredCollator(self.eval_data_collator)
         self._sums: dict[str, Tensor] = {}
 
     # --- loss -------------------------------------------------------------------------------------------------------
@@ -139,3 +162,10 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
             output.metrics[f"{metric_key_prefix}_loss"] = metrics.pop("weighted")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    # --- hub --------------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the adapter's card over transformers' own, before the folder is pushed to a hub."""
+        super().create_model_card(*args, **kwargs)
+        self.write_card()

@@ -1,11 +1,20 @@
-"""Generated text: what is cleaned off, and what makes it unusable."""
+"""Generated text: what is cleaned off, and what makes it unusable; no foreign text takes more than linear time."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 
-from axolotl_mote.builder.settings import Hygiene
+from axolotl_mote.builder.settings import Hygiene, Stage
 from axolotl_mote.builder.texts.hygiene import clean, defect
+from axolotl_mote.builder.texts.prompts import Prompts
+from axolotl_mote.builder.texts.questions import parse_transcript
+from axolotl_mote.builder.texts.similarity import normalize
+from axolotl_mote.builder.texts.verdict import parse_verdict
+from axolotl_mote.chain.quoting import quote
+from axolotl_mote.chain.rows import check_row
 from axolotl_mote.chain.steps import DEFAULT_STEPS, markers
 
 
@@ -73,3 +82,74 @@ def test_a_long_answer_that_opens_with_a_refusal_is_kept() -> None:
 
 def test_own_refusal_patterns() -> None:
     assert defect("Nope, not today.", "stop", Hygiene(refusal_patterns=["nope"])) == "refusal"
+
+
+PROMPTS = Prompts({"response": Stage()})
+READERS: dict[str, Callable[[str], object]] = {
+    "clean": lambda text: clean(text, ["%%me%%", "  "]),
+    "defect": lambda text: defect(text, "stop", Hygiene()),
+    "verdict": lambda text: parse_verdict(text, "guard"),  # whose lines are read as "verdict" reads them, and more
+    "transcript": parse_transcript,
+    "normalize": normalize,
+    "leaks": PROMPTS.leaks,
+    "quote": quote,
+    "row": lambda text: check_row({"messages": [{"role": "user", "content": text}], "response": text}, ["response"]),
+}
+CHARACTERS = [
+    *"\n\r\t |[]<>*_#~a7\"'`-.:%\x00",
+    *("\r\n", "\u2028", "\u3000", "—", "’", "漢", "｜", "\u0301\u0316", "\u200b", "\ufb03"),
+]
+# What a pattern begins with, again and again, without what it ends with.
+BEGINNINGS = [
+    *("<|", "<|a", "|>", "[|", "[|ab", "]~", "]<]a ", "<s>", "<s>\n", "[INST", "<<SYS", "<seed:", "<start_of_", "< <"),
+    *(
+        "<think>",
+        "</think>",
+        "</think> ",
+        "[THINK]",
+        "\n<think",
+        "\n\n",
+        "\n\nH",
+        "\n\nHuman:",
+        "\n\nHuman: a",
+        "Human: ",
+    ),
+    *(
+        "verdict: ",
+        "verdict:\n",
+        "verdict" + " " * 99,
+        "s ",
+        "s a f ",
+        "safe ",
+        "S1, ",
+        "S1,S2\n",
+        "**",
+        "i can't ",
+        "'",
+    ),
+    *(
+        "i'm sorry, but as an a ",
+        "as an ai ",
+        "a b c d ",
+        "\n\n\t ",
+        "a" + "\n" * 999,
+        "a" + " " * 999,
+        " \n" * 999 + ".",
+    ),
+]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_foreign_text_takes_linear_time(reader: str) -> None:
+    """A quadratic pattern takes seconds for 10,000 characters, and hours for a million."""
+    for units, most in ((CHARACTERS, 1_000_000), (BEGINNINGS, 50_000)):
+        for unit in units:
+            for size, before, after in ((10_000, "", ""), (10_000, "a", "b"), (most, "a", "b")):
+                text = before + unit * (size // len(unit)) + after
+                assert seconds(READERS[reader], text) < 40e-6 * size, f"{before!r} + {unit!r} * {size} + {after!r}"
+
+
+def seconds(read: Callable[[str], object], text: str) -> float:
+    started = time.process_time()
+    read(text)
+    return time.process_time() - started

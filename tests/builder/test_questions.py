@@ -10,7 +10,12 @@ import pytest
 from builder_kit import prompts, write_rows
 
 from axolotl_mote.builder.settings import QuestionSource
-from axolotl_mote.builder.texts.questions import load_questions, parse_question_row, parse_transcript
+from axolotl_mote.builder.texts.questions import (
+    load_questions,
+    parse_question_row,
+    parse_transcript,
+    screen_questions,
+)
 
 HH = "\n\nHuman: How do I fix it?\n\nAssistant: Fix what?\n\nHuman: My bike's flat tyre\n\nAssistant: Patch it."
 
@@ -30,6 +35,24 @@ def test_hh_transcript_up_to_the_last_human_turn() -> None:
 def test_consecutive_turns_are_joined_and_colons_inside_text_are_no_turns() -> None:
     text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: c\n\nHuman: Note: Human: d"
     assert [turn["content"] for turn in parse_transcript(text)] == ["a\n\nb", "c", "Note: Human: d"]
+
+
+@pytest.mark.parametrize(
+    ("text", "contents"),
+    [
+        ("Human: a", ["a"]),
+        (" \n Human: a", ["a"]),
+        ("\n\nHuman: \n\nAssistant: b\n\nHuman:\n\nHuman: c", ["", "b", "c"]),
+        ("\n\nHuman: a\n\n \t\nAssistant:b \n\n\n Human:\tc", ["a", "b", "c"]),
+        ("\n\nHuman: a\n Assistant: b", ["a\n Assistant: b"]),
+        ("\n\nHuman: a\n\nHuman: \n\nHuman: b", ["a\n\nb"]),
+        ("a\n\nHuman: b", ["b"]),
+        ("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", ["a"]),
+        ("\n\nAssistant: b", []),
+    ],
+)
+def test_where_turns_begin(text: str, contents: list[str]) -> None:
+    assert [turn["content"] for turn in parse_transcript(text)] == contents
 
 
 @pytest.mark.parametrize(
@@ -230,3 +253,64 @@ def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
         load_questions([source(path)])
     with pytest.raises(ValueError, match="existing file"):
         load_questions([source(tmp_path / "none.jsonl")])
+
+
+SYSTEM = "You are an assistant. Your rules: " + " ".join(str(n * 7919 % 10007) for n in range(99))
+HISTORY = [
+    {"role": "user", "content": "What do you make of this table? " + SYSTEM[99:]},
+    {"role": "assistant", "content": "It holds numbers: " + SYSTEM[-199:]},
+]
+ASKS = [
+    "How do owls hunt at night?",
+    "Why is tea so bitter?",
+    "Where is the nearest pharmacy?",
+    "What does a tax office do?",
+]
+
+
+@pytest.mark.parametrize(
+    "before", [[{"role": "system", "content": SYSTEM}], HISTORY, [{"role": "system", "content": SYSTEM}, *HISTORY]]
+)
+def test_what_questions_share_before_the_last_turn_does_not_make_them_alike(
+    tmp_path: Path, before: list[dict[str, str]]
+) -> None:
+    rows = [
+        {"messages": [*before, {"role": "user", "content": ask}]} for ask in [*ASKS, ASKS[0] + "!", ASKS[1].upper()]
+    ]
+    questions, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))])
+    assert [q.row for q in questions] == [1, 2, 3, 4]
+    assert [(d.question.row, d.reason) for d in dropped] == [
+        (5, "near_duplicate_question"),
+        (6, "near_duplicate_question"),
+    ]
+
+
+def test_one_last_turn_after_different_turns_is_a_different_question(tmp_path: Path) -> None:
+    def row(first: str, last: str) -> dict[str, object]:
+        return {
+            "messages": [{"role": "user", "content": first}, {"role": "assistant", "content": "Shall I?"}, *ask(last)]
+        }
+
+    def ask(text: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": text}]
+
+    rows = [
+        row("How do owls hunt at night in a forest?", "Yes, please."),
+        row("Why is green tea so bitter when it is brewed hot?", "Yes, please."),
+        row("Why is green tea so bitter when it is brewed hot??", "Yes please"),
+        row("Why is green tea so bitter when it's brewed hot?", "No, thank you."),
+        {"messages": ask("Yes, please.")},
+        {"messages": [{"role": "system", "content": SYSTEM}, *ask("Yes, please.")]},
+    ]
+    _, dropped = load_questions([source(write_rows(tmp_path / "q.jsonl", rows))])
+    assert [d.question.row for d in dropped] == [3]
+
+
+def test_rows_are_screened_one_by_one_and_counted(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "q.jsonl", [*prompts(255), *prompts(2)] * 9)
+    counts: list[int] = []
+    rows = screen_questions([source(path)], on_progress=counts.append)
+    assert next(rows) == load_questions([source(path)])[0][0]
+    assert counts == []
+    assert len(list(rows)) == 257 * 9 - 1
+    assert counts == [1000, 2000]

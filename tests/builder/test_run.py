@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import os
 import signal
@@ -20,13 +22,14 @@ from kill_driver import StandIn
 
 from axolotl_mote.builder.loop.journal import JournalError
 from axolotl_mote.builder.run import build
-from axolotl_mote.builder.settings import QuestionSource, Settings
+from axolotl_mote.builder.settings import Budget, QuestionSource, Settings
 from axolotl_mote.chain.rows import check_rows
 from axolotl_mote.chain.steps import DEFAULT_STEPS
 from axolotl_mote.files import read_jsonl
 
 Make = Callable[..., Settings]
 Serve = Callable[..., ScriptedServer]
+RESULTS = ("chains.jsonl", "rejected.jsonl", "manifest.json", "statistics.html")
 
 
 def answer(body: dict[str, Any], number: int) -> Reply:
@@ -38,14 +41,15 @@ def answer(body: dict[str, Any], number: int) -> Reply:
     return chat_reply(f"{seed} says {text[:30]} and {seed * 31}")
 
 
-def test_kill_9_at_20_random_moments_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["local", "server"])
+def test_kill_9_at_20_random_moments_loses_nothing_and_repeats_nothing(tmp_path: Path, kind: str) -> None:
     driver = Path(__file__).with_name("kill_driver.py")
     done = subprocess.run(
-        [sys.executable, str(driver), str(tmp_path), "20"], capture_output=True, text=True, timeout=120
+        [sys.executable, str(driver), str(tmp_path), "20", kind], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["kills"] == 20
+    assert (result["kills"], result["lost"]) == (20, 0)
     assert result["same"]
     assert result["twice"] == 0
     assert result["kept"] > 5
@@ -88,8 +92,7 @@ def test_a_changed_configuration_is_refused_until_restart(make_settings: Make, s
     with pytest.raises(JournalError, match="seed: 42 -> 7"):
         build(changed)
     report = build(changed, restart=True)
-    assert report.set_aside is not None
-    assert Path(report.set_aside).name == "journal.1.jsonl"
+    assert str(changed.output / "journal.1.jsonl") in report.set_aside
     assert report.requests > 0
 
 
@@ -130,7 +133,7 @@ def test_the_manifest_tells_where_the_data_comes_from(
     assert set(manifest["prompts"]) == {"response", "analysis", "guidance", "check"}
     assert manifest["answered_by"] == {"scripted": sum(manifest["calls"].values())}
     assert len(manifest["inputs"][settings.questions[0].path]) == 64
-    assert {"axolotl_mote", "python", "openai"} <= set(manifest["versions"])
+    assert {"axolotl_mote", "python", "aiohttp"} <= set(manifest["versions"])
     assert manifest["identity"]["seed"] == 42
 
 
@@ -207,3 +210,178 @@ def test_the_trainer_accepts_the_rows(make_settings: Make, serve: Serve, tmp_pat
     rows = load_dataset("json", data_files=str(path), split="train")
     assert {"messages", "analysis", "guidance", "response", "check", "extra"} <= set(rows.column_names)
     assert len(set(rows["id"])) == len(rows)
+
+
+# --- what is on disk never shrinks ----------------------------------------------------------------------------------
+
+
+def stop_by_a_dead_server(settings: Settings) -> None:
+    dead = settings.models["default"].model_copy(update={"base_urls": ["http://127.0.0.1:9/v1"], "retry_for": 0.2})
+    report = build(settings.model_copy(update={"models": {"default": dead}}))
+    assert "no server answered" in (report.stopped or "")
+
+
+def stop_by_the_budget(settings: Settings) -> None:
+    report = build(settings.model_copy(update={"budget": Budget(requests=1)}))
+    assert "budget.requests reached" in (report.stopped or "")
+
+
+def stop_by_an_error(settings: Settings) -> None:
+    broken = settings.models["default"].model_copy(update={"api_key_env": "NO_SUCH_KEY"})
+    with pytest.raises(ValueError, match="NO_SUCH_KEY"):
+        build(settings.model_copy(update={"models": {"default": broken}}))
+
+
+def stop_by_ctrl_c(settings: Settings) -> None:
+    async def interrupt(self: object, call: object, stage: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("axolotl_mote.builder.clients.server.ServerClient.complete", interrupt)
+        assert build(settings).stopped == "interrupted"
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts", "real_page")
+@pytest.mark.parametrize("stop", [stop_by_a_dead_server, stop_by_the_budget, stop_by_an_error, stop_by_ctrl_c])
+def test_a_run_that_stops_early_keeps_every_finished_chain(
+    make_settings: Make, serve: Serve, tmp_path: Path, stop: Callable[[Settings], None]
+) -> None:
+    """New questions come first, so that the run stops before it reaches the finished ones."""
+    settings = make_settings(serve(answer).url, count=12, server={"concurrency": 2})
+    build(settings)
+    finished = read_rows(settings.output / "chains.jsonl")
+    rejected = read_rows(settings.output / "rejected.jsonl")
+    assert len(finished) + len(rejected) == 12
+    new = write_rows(tmp_path / "new.jsonl", [{"prompt": f"What is new about {i} * {i * 77}?"} for i in range(9)])
+    more = settings.model_copy(update={"questions": [QuestionSource(path=str(new)), *settings.questions]})
+    stop(more)
+    kept = read_rows(settings.output / "chains.jsonl")
+    assert [row for row in kept if row in finished] == finished
+    assert [row for row in read_rows(settings.output / "rejected.jsonl") if row in rejected] == rejected
+    assert f"{len(kept)} chains" in (settings.output / "statistics.html").read_text()
+    counts = json.loads((settings.output / "manifest.json").read_text())["counts"]
+    assert (counts["questions"], counts["kept"]) == (21, len(kept))
+    assert counts["pending"] == 21 - len(kept) - counts["rejected"] > 0
+
+
+@pytest.mark.usefixtures("real_page")
+@pytest.mark.parametrize("lost", [False, True], ids=["restart", "journal lost"])
+def test_a_new_journal_puts_the_older_results_aside(make_settings: Make, serve: Serve, lost: bool) -> None:
+    settings = make_settings(serve(answer).url)
+    build(settings)
+    older = {name: (settings.output / name).read_bytes() for name in RESULTS}
+    assert older["chains.jsonl"]
+    if lost:
+        (settings.output / "journal.jsonl").unlink()
+    dead = settings.models["default"].model_copy(update={"base_urls": ["http://127.0.0.1:9/v1"], "retry_for": 0.2})
+    report = build(settings.model_copy(update={"models": {"default": dead}}), restart=not lost)
+    aside = {name: (settings.output / name.replace(".", ".1.")) for name in RESULTS}
+    assert {name: path.read_bytes() for name, path in aside.items()} == older
+    assert {str(path) for path in aside.values()} <= set(report.set_aside)
+    assert (settings.output / "chains.jsonl").read_bytes() == b""
+    assert not (settings.output / "statistics.html").exists()  # there is nothing to describe
+    build(settings.model_copy(update={"models": {"default": dead}}))
+    assert not (settings.output / "chains.2.jsonl").exists()
+
+
+@pytest.mark.usefixtures("real_page")
+def test_results_that_cannot_be_written_leave_the_older_ones_together(
+    make_settings: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(serve(answer).url)
+    build(settings)
+    older = {path.name: path.read_bytes() for path in settings.output.iterdir()}
+    syncs_left = [0]
+
+    def full(fd: int) -> None:
+        syncs_left[0] -= 1
+        if not syncs_left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for last in range(1, 5):
+        syncs_left[0] = last
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match=r"No space left on device: '.*/out/\w+\.\w+'"):
+                build(settings.model_copy(update={"deduplicate": None, "seed": settings.seed}))
+        assert {path.name: path.read_bytes() for path in settings.output.iterdir()} == older
+
+
+def test_ctrl_c_while_results_are_written_leaves_the_older_ones(
+    make_settings: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(serve(answer).url)
+    build(settings)
+    older = {path.name: path.read_bytes() for path in settings.output.iterdir()}
+    monkeypatch.setattr("axolotl_mote.builder.output.results.write_html", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build(settings.model_copy(update={"questions": settings.questions * 2}))
+    assert {path.name: path.read_bytes() for path in settings.output.iterdir()} == older
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+# --- recording ------------------------------------------------------------------------------------------------------
+
+
+def test_texts_that_arrive_together_share_a_sync(
+    make_settings: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a disk that takes 20 ms, and everything the journal reports as recorded is on disk before it goes on."""
+    syncs = []
+    fsync = os.fsync
+
+    def slow(fd: int) -> None:
+        time.sleep(0.02)
+        syncs.append(fd)
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    server = serve(answer)
+    settings = make_settings(server.url, count=64, server={"concurrency": 32}, chain="response", check=False)
+    assert build(settings).counts["kept"] == 64
+    calls = (settings.output / "journal.jsonl").read_text().splitlines()[1:]
+    assert len(calls) == len({json.loads(line)["call"] for line in calls}) == 64
+    assert len(syncs) < 32  # 68 with a sync for each
+
+
+def test_a_text_counts_once_it_is_on_disk(make_settings: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = make_settings(serve(answer).url, count=24, server={"concurrency": 8}, chain="response", check=False)
+    journal = settings.output / "journal.jsonl"
+    fsync, durable, early = os.fsync, [0], []
+
+    def sync(fd: int) -> None:
+        size = os.fstat(fd).st_size
+        time.sleep(0.005)
+        fsync(fd)
+        if journal.exists() and os.fstat(fd).st_ino == journal.stat().st_ino:
+            durable[0] = journal.read_bytes()[:size].count(b"\n") - 1
+
+    monkeypatch.setattr(os, "fsync", sync)
+    build(settings, on_progress=lambda status: early.append(status.done - durable[0]))
+    assert max(early) <= 0
+    assert len(early) == 25
+
+
+def test_a_disk_that_fills_up_stops_the_build_and_counts_nothing(
+    make_settings: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = make_settings(serve(answer).url, count=16, server={"concurrency": 8})
+    journal = settings.output / "journal.jsonl"
+    fsync = os.fsync
+
+    def full(fd: int) -> None:
+        if os.fstat(fd).st_size > 3000 and os.fstat(fd).st_ino == journal.stat().st_ino:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*journal\.jsonl'"):
+            build(settings)
+    assert journal.stat().st_size <= 3000
+    assert journal.read_bytes().endswith(b"\n")
+    assert build(settings).counts["pending"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from email.utils import formatdate
@@ -13,6 +14,7 @@ from builder_kit import Reply, ScriptedServer, chat_reply, error_reply, read_row
 
 from axolotl_mote.builder.clients.calls import FatalCallError
 from axolotl_mote.builder.clients.cooldown import failure_cooldown, rate_limit_reset, retry_after
+from axolotl_mote.builder.clients.replies import UnreadableReply, read_completion
 from axolotl_mote.builder.run import build
 from axolotl_mote.builder.settings import Settings
 
@@ -351,3 +353,171 @@ def test_a_missing_key_is_named(make_settings: Make, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(ValueError, match="NO_SUCH_KEY"):
         build(make_settings(server={"api_key_env": "NO_SUCH_KEY"}))
+
+
+# --- odd replies ----------------------------------------------------------------------------------------------------
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+ODD = [
+    chat_reply("x", choices={"0": "x"}),
+    chat_reply("x", choices=["x"]),
+    chat_reply("x", choices=[{"message": "hi", "finish_reason": "stop"}]),
+    chat_reply("x", ["stop"]),  # type: ignore[arg-type]
+    chat_reply("half a text", "abort"),
+    chat_reply({"text": "x"}),  # type: ignore[arg-type]
+    chat_reply(7),  # type: ignore[arg-type]
+    (200, {}, b""),
+    (200, {}, b"null"),
+    (200, {}, b'"hi"'),
+    (200, {}, b"\xff\xfe{"),
+    (200, {}, b"[" * 100_000),
+    (200, {}, b'{"choices": ' + b"9" * 5000 + b"}"),
+    (200, {}, b'{"error": {"message": "overloaded"}}'),
+    (502, {}, b"[" * 100_000),
+    (503, {}, b"\xff"),
+    error_reply(503, retry_after_ms="nan"),
+    error_reply(429, ["odd"], {"odd": 1}),  # type: ignore[arg-type]
+    (304, {}, b""),
+]
+
+
+def test_whatever_a_server_sends_is_tried_again_and_ends_no_build(make_settings: Make, serve: Serve) -> None:
+    server = serve(lambda body, number: ODD[number // 2] if number % 2 == 0 and number < 2 * len(ODD) else good(body))
+    report = build(make_settings(server.url, count=12, server={"concurrency": 4, "backoff": 0.001}))
+    assert (report.counts["kept"], report.counts["pending"], report.stopped) == (12, 0, None)
+    assert report.requests == 24 + len(ODD)
+
+
+@pytest.mark.parametrize("fault", [fault for fault in ODD if fault[0] == 200], ids=lambda fault: repr(fault[2][:60]))
+def test_what_is_no_completion_is_unreadable_for_a_reason(fault: Reply) -> None:
+    with pytest.raises(UnreadableReply) as raised:
+        read_completion(fault[2], "m")
+    assert 5 < len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {},
+        None,
+        "many",
+        [],
+        {"prompt_tokens": None, "completion_tokens": None},
+        {"prompt_tokens": "seven", "completion_tokens": ""},
+        {"prompt_tokens": NAN, "completion_tokens": INFINITE},
+        {"prompt_tokens": -3, "completion_tokens": -INFINITE},
+        {"prompt_tokens": 10**300, "completion_tokens": 1e300},
+        {"prompt_tokens": True, "completion_tokens": [1]},
+        {"prompt_tokens": {}, "completion_tokens": "\u0664\u0662"},
+    ],
+    ids=str,
+)
+def test_odd_token_counts_are_replaced_by_an_estimate(make_settings: Make, serve: Serve, usage: Any) -> None:
+    def script(body: dict[str, Any], number: int) -> Reply:
+        return chat_reply("This has forty-two characters and a stop.", usage=usage)
+
+    settings = make_settings(serve(script).url, chain="response", check=False, deduplicate=None)
+    report = build(settings)
+    assert (report.counts["kept"], report.requests, report.tokens) == (4, 4, 44)
+    assert json.loads((settings.output / "manifest.json").read_text())["tokens"] == {"prompt": 0, "completion": 44}
+    assert build(settings).requests == 0  # the journal can be read
+
+
+@pytest.mark.parametrize(("value", "count"), [(7, 7), ("7", 7), (7.0, 7), ("007", 7)])
+def test_counts_in_other_clothes_count(value: Any, count: int) -> None:
+    reply = json.loads(chat_reply("text", usage={"prompt_tokens": value, "completion_tokens": value})[2])
+    found = read_completion(json.dumps(reply).encode(), "m")
+    assert (found.prompt_tokens, found.completion_tokens) == (count, count)
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "reason"),
+    [
+        ({"content": None, "reasoning_content": "Let me think."}, "length", "only_reasoning"),
+        ({"content": " \n", "reasoning": "Let me think."}, "stop", "only_reasoning"),
+        ({"content": None, "tool_calls": [{"id": "a"}]}, "tool_calls", "tool_call"),
+        ({"content": None, "tool_calls": [{"id": "a"}]}, "stop", "tool_call"),
+        ({"content": "I look it up.", "tool_calls": [{"id": "a"}]}, "tool_calls", "tool_call"),
+        ({"content": None, "function_call": {"name": "f"}}, None, "tool_call"),
+        ({"content": None}, "stop", "empty"),
+        ({}, "stop", "empty"),
+        ({"content": []}, None, "empty"),
+        ({"content": None, "reasoning_content": "Hm."}, "content_filter", "filtered"),
+    ],
+)
+def test_replies_without_a_text_have_a_named_reason(
+    make_settings: Make, serve: Serve, message: dict[str, Any], finish: str | None, reason: str
+) -> None:
+    choices = [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", **message}}]
+    server = serve(lambda body, number: chat_reply("x", choices=choices))
+    settings = make_settings(server.url, count=1, chain="response", check=False)
+    assert build(settings).counts["reasons"] == {reason: 1}
+    assert len(server.bodies) == 2  # with another seed
+    assert build(settings).requests == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"content": [{"type": "text", "text": "One, "}, {"type": "image"}, 3, {"text": "two, three."}]},
+            "One, two, three.",
+        ),
+        ({"content": "One.", "tool_calls": []}, "One."),
+        ({"content": "One.", "reasoning_content": 7, "refusal": None}, "One."),
+        ({"content": None, "refusal": "One."}, "One."),
+        ({"content": "One.", "role": ["odd"], "logprobs": NAN}, "One."),
+    ],
+)
+def test_what_is_odd_but_clear_is_read(change: dict[str, Any], text: str) -> None:
+    reply = {"choices": [{"message": change}, "odd"], "model": ["odd"], "system_fingerprint": 7, "created": "never"}
+    found = read_completion(json.dumps(reply).encode(), "asked")
+    assert (found.text, found.finish, found.model) == (text, "stop", "asked")
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 400])
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_a_replica_that_rejects_everything_stops_nothing_while_another_is_healthy(
+    make_settings: Make, serve: Serve, status: int, concurrency: int
+) -> None:
+    wrong, fine = serve(lambda body, number: error_reply(status, "wrong thing")), serve(good)
+    for urls in ([wrong.url, fine.url], [fine.url, wrong.url]):
+        settings = make_settings(urls, count=12, server={"concurrency": concurrency, "backoff": 0.05})
+        report = build(settings, restart=True)
+        assert (report.counts["kept"], report.counts["pending"], report.stopped) == (12, 0, None)
+    assert wrong.bodies
+    assert len(wrong.bodies) < 24
+
+
+def test_replicas_that_all_reject_are_all_named(make_settings: Make, serve: Serve) -> None:
+    servers = [serve(lambda body, number, name=name: error_reply(404, f"no {name}")) for name in ("one", "two")]
+    with pytest.raises(FatalCallError) as raised:
+        build(make_settings([server.url for server in servers], count=20))
+    for server, name in zip(servers, ("one", "two"), strict=True):
+        assert f"{server.url}: status 404: no {name}" in str(raised.value)
+        assert len(server.bodies) < 20
+
+
+def test_a_dead_replica_beside_one_that_rejects_is_no_riddle(make_settings: Make, serve: Serve) -> None:
+    wrong = serve(lambda body, number: error_reply(404, "no such model"))
+    report = build(make_settings([wrong.url, "http://127.0.0.1:9/v1"], count=2, server={"retry_for": 0.5}))
+    assert "no server answered for 0.5 s" in (report.stopped or "")
+    assert "status 404: no such model" in (report.stopped or "")
+
+
+def test_an_address_without_a_scheme_is_refused_at_once(make_settings: Make) -> None:
+    with pytest.raises(ValueError, match="base_urls must begin with http:// or https://; got localhost:8000/v1"):
+        build(make_settings("localhost:8000/v1"))
+
+
+def test_further_fields_reach_the_server_and_a_proxy_is_used(
+    make_settings: Make, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = serve(good)  # it is asked for the whole address and may as well answer
+    monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    settings = make_settings("http://far.invalid/v1/", count=1, server={"extra_body": {"top_k": 3}})
+    assert build(settings).counts["kept"] == 1
+    assert {body["top_k"] for body in proxy.bodies} == {3}

@@ -135,7 +135,7 @@ def test_faults_of_the_build_file_are_shown_without_a_traceback(config: Path) ->
     assert "Traceback" not in done.output
 
 
-@pytest.mark.parametrize("package", ["openai", "datasketch"])
+@pytest.mark.parametrize("package", ["aiohttp", "tenacity"])
 def test_a_missing_package_names_the_extra(config: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.delitem(sys.modules, "axolotl_mote.builder.clients.server", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
@@ -146,3 +146,33 @@ def test_a_missing_package_names_the_extra(config: Path, monkeypatch: pytest.Mon
 
 def test_help_has_an_example() -> None:
     assert "axolotl mote build example_configs/build_local.yml" in run("--help").output
+
+
+def test_long_sources_show_how_far_they_are_read(config: Path) -> None:
+    source = config.parent / "long.jsonl"
+    source.write_text(json.dumps({"prompt": QUESTIONS[0]}) + "\n" + '{"prompt": null}\n' * 20_000)
+    edit(config, questions=[{"path": str(source)}])
+    done = run(config)
+    assert done.exit_code == 0, done.output
+    assert done.output.index("10,000 rows read") < done.output.index("20,000 rows read")
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "axolotl_mote.builder.run.screen_questions",
+        "axolotl_mote.builder.run.write_results",
+        "axolotl_mote.builder.settings.load_settings",
+        "axolotl_mote.cli.build._print_report",
+    ],
+)
+def test_ctrl_c_at_any_moment_exits_with_130(config: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, interrupt)
+        done = run(config)
+    assert done.exit_code == 130
+    assert "Interrupted. Run the same command again to continue." in done.output
+    assert run(config).exit_code == 0

@@ -44,6 +44,8 @@ def write_instead(monkeypatch, text: str) -> None:
 
     def generate(model, tokenizer, messages, steps, streamer, **_):
         ids = tokenizer.encode(text, add_special_tokens=False)
+        if streamer is None:
+            return codec_for(model, tokenizer).parse(ids)
         for tokens in ([[0]], ids):  # the prompt, then the chain
             streamer.put(torch.tensor(tokens))
         streamer.end()
@@ -80,6 +82,29 @@ def test_commands(mote):
     assert chat.steps == "verify"
     assert not chat.show_reasoning
     assert "must name steps of this adapter" in screen.getvalue()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_blank_answer_does_not_lock_the_dialogue(mote, monkeypatch, capsys, as_json):
+    write_instead(monkeypatch, "<|response|> \n<|/response|>")
+    chat, screen = session(mote, "response", write_json=[].append if as_json else None)
+    chat.run(iter(["hello"]))
+    assert chat.messages == []
+    said = capsys.readouterr().err if as_json else plain(screen)
+    assert "left out of the dialogue" in said
+    monkeypatch.undo()
+    chat.run(iter(["hello again"]))
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"]
+    assert chat.messages[0]["content"] == "hello again"
+
+
+def test_unknown_commands_are_not_sent_to_the_model(mote, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ChatSession, "_answer", lambda self, text: asked.append(text))
+    chat, screen = session(mote)
+    chat.run(iter(["/quit", "/etc/passwd holds what?", "/", " /etc/passwd holds what?", "/exit now", "never"]))
+    assert asked == ["/etc/passwd holds what?"]  # a space before it makes it a message
+    assert plain(screen).count("is no command") == 3
 
 
 def test_hidden_reasoning(mote):
@@ -205,3 +230,19 @@ def test_not_an_adapter_folder(tmp_path):
     result = CliRunner().invoke(command, ["--adapter", str(tmp_path)])
     assert result.exit_code == 1
     assert "adapter must be a folder with adapter_config.json" in result.output
+
+
+def test_interrupting_a_pipe_ends_it(mote, monkeypatch):
+    """On a terminal Ctrl-C stops one answer; nobody is there to type the next line of a pipe."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("axolotl_mote.generation.api.generate_chain", interrupt)
+    chat, _ = session(mote)
+    with pytest.raises(KeyboardInterrupt):
+        chat.run(iter(["one", "two"]))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    chat, screen = session(mote)
+    chat.run(iter(["one", "two"]))
+    assert plain(screen).count("Stopped") == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 
 import pytest
 from click.testing import CliRunner
@@ -68,3 +69,20 @@ def test_refusals_are_one_line(folder, tmp_path):
         result = CliRunner().invoke(command, arguments)
         assert result.exit_code == 1
         assert message in result.output
+
+
+@pytest.mark.parametrize("size", [100, 60_000])
+def test_a_full_disk_is_named_and_leaves_nothing(folder, tmp_path, size):
+    """The operating system lets no file grow beyond so many bytes: the tokenizer, or the weights, do not fit."""
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        result = CliRunner().invoke(command, ["--adapter", str(folder), "--output", str(out), "--no-verify"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert "output must be writable; got" in result.stderr
+    assert str(out) in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -358,3 +359,41 @@ def test_surrogate_halves_survive(tmp_path):
     with AnswerFile(tmp_path / "out.jsonl", ("m",), "r") as out:
         out.append([{"row": 1, "mode": "m", "run": "r", "response": "bad \ud83d half"}])
     assert lines(tmp_path / "out.jsonl")[0]["response"] == "bad \ud83d half"
+
+
+@pytest.mark.parametrize(("depth", "code"), [(150, 0), (700, 1), (940, 1), (10**5, 1)])
+def test_deeply_nested_columns_are_refused_before_any_work(folder, tmp_path, depth, code):
+    """What can be read at one depth of calls cannot be written at another."""
+    source = tmp_path / "q.jsonl"
+    source.write_text('{"prompt": "fine"}\n{"prompt": "?", "kept": ' + "[" * depth + "]" * depth + "}\n")
+    output = run(folder, source, tmp_path / "out.jsonl", code=code).output
+    if code:
+        assert "row 2: " in output
+        assert "nested" in output
+        assert not (tmp_path / "out.jsonl").exists()
+    else:
+        assert len(lines(tmp_path / "out.jsonl")) == 2
+
+
+@pytest.fixture
+def full_disk():
+    """The operating system refuses to let any file grow beyond so many bytes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named_and_loses_nothing(folder, tmp_path, full_disk):
+    source, out = write_questions(tmp_path / "q.jsonl", 6), tmp_path / "out.jsonl"
+    run(folder, source, tmp_path / "whole.jsonl", "--batch-size", "2")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    full_disk(len(whole) // 2)
+    refused = run(folder, source, out, "--batch-size", "2", code=1)
+    assert str(out) in refused.output
+    assert "File too large" in refused.output
+    assert "run the same command " in " ".join(refused.output.split())
+    assert whole.startswith(out.read_bytes())
+    assert out.read_bytes().endswith(b"\n")
+    full_disk(resource.RLIM_INFINITY)
+    run(folder, source, out, "--batch-size", "2")
+    assert out.read_bytes() == whole

@@ -7,6 +7,9 @@ import torch
 from kit import chain, mote, mote_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import flex_attention
+
+from axolotl_mote.model.compiling import compile_layers
 
 
 def packed(seed: int, length: int = 128) -> dict[str, Tensor]:
@@ -32,8 +35,7 @@ def test_batches_of_different_content_share_one_compilation(attention: str, fram
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-    for layer in compiled.get_base_model().get_decoder().layers:
-        layer.compile(backend=counter)
+    compile_layers(compiled.get_base_model(), backend=counter, on_fallback=pytest.fail)
     for seed in range(5):
         losses = []
         for model in (compiled, plain):
@@ -54,8 +56,63 @@ def test_lengths_that_vary_cost_one_more_compilation() -> None:
     counter = CompileCounterWithBackend("eager")
     model = mote("llama").train()
     mote_model(model).routing.step_dropout = (0.5, 0.5)
-    for layer in model.get_base_model().get_decoder().layers:
-        layer.compile(backend=counter)
+    compile_layers(model.get_base_model(), backend=counter, on_fallback=pytest.fail)
     for length in (96, 77, 110, 64, 123, 90):
         model(**packed(1, length))
     assert counter.frame_count <= 2
+
+
+def batch(rows: int, length: int, packing: bool, seed: int) -> dict[str, Tensor]:
+    """Rows of whole chains: packed into one row, or one padded chain per row."""
+    if packing:
+        return packed(seed, length)
+    chains = [chain(5, 4, 3 * (row % 2), length // 3, seed=seed + row)[:length] for row in range(rows)]
+    ids = torch.tensor([one + [0] * (length - len(one)) for one in chains])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "targets": ids.roll(-1, 1)}
+
+
+# (training, rows, length): as unpacked data, an evaluation with larger batches, and last batches come.
+SEQUENCE = [
+    (True, 2, 64),
+    (True, 2, 48),
+    (False, 2, 70),
+    (False, 4, 64),
+    (True, 1, 33),
+    (False, 1, 31),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "kinds", "packing"),
+    [("llama", "sdpa", 1, False), ("gemma2", "flex_attention", 2, False), ("gemma2", "flex_attention", 2, True)],
+)
+def test_any_batches_take_few_compilations(
+    family: str, attention: str, kinds: int, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training and evaluation, one row and several: a graph each, for each kind of layer; none runs uncompiled."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)  # the CPU as a device that can train
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model = mote(family, attention)
+    mote_model(model).routing.step_dropout = (0.5, 0.5)
+    compile_layers(model.get_base_model(), backend=counter, on_fallback=pytest.fail)
+    for seed, (training, rows, length) in enumerate(SEQUENCE):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            losses = model(**batch(rows, length, packing, seed)).loss
+        if training:
+            losses.sum().backward()
+    assert counter.frame_count <= kinds * (2 if packing else 4)
+
+
+@torch.no_grad()
+def test_a_limit_that_is_reached_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    reports: list[str] = []
+    model = mote("llama").train()
+    compile_layers(model.get_base_model(), backend="eager", on_fallback=reports.append)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for rows in (1, 2):
+        model(**batch(rows, 40, False, 0))
+    assert reports
+    assert "recompile_limit" in reports[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from kit import FAMILIES, chain, mote
 from torch import nn
 
@@ -12,6 +14,7 @@ from axolotl_mote.model import loss as loss_module
 from axolotl_mote.model.loss import (
     build_targets,
     chunk_size,
+    scored_positions,
     shift,
     step_sums,
     token_losses,
@@ -86,6 +89,43 @@ def test_token_losses_equal_those_of_the_models_own_logits(family: str) -> None:
     logits = model(input_ids=ids).logits
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     assert torch.allclose(model(input_ids=ids, targets=targets).loss, expected, atol=1e-5)
+
+
+@given(st.data())
+def test_scored_columns_are_those_whose_next_token_has_a_label(data: st.DataObject) -> None:
+    rows, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    flags = data.draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=rows, max_size=rows))
+    multiple = data.draw(st.sampled_from([1, 4, 64]))
+    labels = torch.where(torch.tensor(flags), 7, -100)
+    columns = scored_positions(labels, multiple)
+    assert columns.shape[1] % multiple == 0 or columns.shape[1] == length
+    for row, found in zip(flags, columns.tolist(), strict=True):
+        expected = [column for column in range(length - 1) if row[column + 1]]
+        assert found == expected + [length - 1] * (len(found) - len(expected))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_on_scored_columns_changes_neither_loss_nor_gradient(family: str) -> None:
+    ids = torch.tensor([chain(), chain(seed=2)])
+    labels = ids.clone()
+    labels[:, :9] = labels[0, 15:20] = -100
+    targets, scored = shift(labels, -100), scored_positions(labels, 1)
+    assert scored.shape[1] == 16  # of 25
+    results = []
+    for columns in (None, scored):
+        model = mote(family)
+        rows: list[int] = []
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda _, args, __, rows=rows: rows.append(len(args[0])))
+        losses = model(input_ids=ids, targets=targets, scored=columns).loss
+        losses.sum().backward()
+        results.append((losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+        assert rows == [50 if columns is None else 32]
+    (plain, gradients), (fewer, same) = results
+    assert torch.allclose(plain, fewer, atol=1e-6)
+    assert gradients.keys() == same.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, same[name], atol=1e-5, rtol=1e-4), name
 
 
 def test_the_loss_is_the_weighted_mean_of_a_batch_alone_or_its_share_of_all() -> None:

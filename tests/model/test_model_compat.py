@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 import subprocess
@@ -27,6 +28,7 @@ from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
 from axolotl_mote.model import compat
 from axolotl_mote.model.adapter import MoteLinear, MoteModel
 from axolotl_mote.model.config import MoteConfig
+from axolotl_mote.model.markers import MarkerHead
 
 pytestmark = pytest.mark.smoke  # against every version that is supported
 
@@ -59,14 +61,21 @@ def test_importing_the_package_in_any_order_registers_the_type(code: str, tmp_pa
 
 
 def test_peft_still_calls_the_methods_that_the_tuner_overrides() -> None:
-    assert parameters(LoraModel._pre_injection_hook) == ["self", "model", "config", "adapter_name"]
-    assert parameters(LoraModel._post_injection_hook) == ["self", "model", "config", "adapter_name"]
-    assert parameters(LoraModel._check_new_adapter_config) == ["self", "config"]
+    assert parameters(LoraModel.inject_adapter)[:3] == ["self", "model", "adapter_name"]
+    assert "low_cpu_mem_usage" in parameters(LoraModel.inject_adapter)
     assert parameters(LoraModel._create_new_module)[:3] == ["lora_config", "adapter_name", "target"]
+    assert parameters(LoraModel._enable_peft_forward_hooks) == ["self", "args", "kwargs"]
     assert parameters(LoraLayer.update_layer)[:5] == ["self", "adapter_name", "r", "lora_alpha", "config"]
-    own = {name for name, value in vars(MoteModel).items() if inspect.isfunction(value) and hasattr(LoraModel, name)}
-    overridden = {name for name in own if name.startswith("_") and not name.startswith("__")}
-    assert overridden == set(re.findall(r"``(_\w+)``", compat.__doc__ or ""))
+    move = BaseTunerLayer._move_adapter_to_device_of_base_layer
+    assert parameters(move) == ["self", "adapter_name", "device"]
+    pairs = ((MoteModel, LoraModel), (MoteLinear, LoraLayer), (MarkerHead.__base__, BaseTunerLayer))
+    overridden = {
+        name
+        for own, theirs in pairs
+        for name, value in vars(own).items()
+        if inspect.isfunction(value) and hasattr(theirs, name) and re.match("_[a-z]", name)
+    }
+    assert overridden == set(re.findall(r"``(_[a-z]\w+)``", compat.__doc__ or ""))
 
 
 def test_tuner_layers_start_with_the_state_that_peft_reads() -> None:
@@ -160,21 +169,19 @@ def test_recurrent_models_say_so() -> None:
 
 def test_generation_calls_the_methods_that_are_replaced() -> None:
     assert parameters(GenerationMixin.prepare_inputs_for_generation)[:2] == ["self", "input_ids"]
-    model = base_model()
-    seen = []
-    compat.supply_step_ids(model, lambda ids: seen.append(ids.shape[1]) or torch.zeros_like(ids))
+    model = mote().get_base_model()
     forward = model.forward
     fed = []
 
-    def spy(*args: object, step_ids: torch.Tensor, **kwargs: object) -> object:
-        fed.append(step_ids.shape[1])
+    @functools.wraps(forward)
+    def spy(*args: object, **kwargs: object) -> object:
+        fed.append(model.mote_routing.gate.shape[1])
         return forward(*args, **kwargs)
 
     model.forward = spy
     ids = torch.tensor([[5, 6, 7]])
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
     assert fed[:2] == [3, 1]  # the whole question, then one token from the cache
-    assert seen[:2] == [3, 4]
 
 
 def test_beam_search_needs_the_wide_vocabulary() -> None:

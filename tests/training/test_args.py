@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from axolotl_mote.training.args import (
     KERNELS,
     REFUSED,
     REFUSED_ABOVE_ONE,
+    REFUSED_PLUGINS,
     REFUSED_WITH_CHAINS,
     MoteArgs,
     MoteOptions,
@@ -131,6 +133,24 @@ def test_chain_data_is_refused_with_what_would_change_it(key: str, value: Any, a
     with pytest.raises(ValidationError, match=rf"{key} must .* with chain data; got"):
         MoteArgs.model_validate(config(adapter=adapter, datasets=[CHAINS], **{key: value}))
     MoteArgs.model_validate(config(adapter="lora", datasets=[TEXT], **{key: value}))
+
+
+@pytest.mark.parametrize("adapter", ["mote", "lora"])
+@pytest.mark.parametrize("name", REFUSED_PLUGINS)
+def test_a_plugin_that_would_replace_the_loss_or_the_trainer_is_refused(name: str, adapter: str) -> None:
+    plugins = ["axolotl_mote.MotePlugin", f"axolotl.integrations.some.{name}"]
+    with pytest.raises(ValidationError, match=rf"plugins must not hold this one with chain data; got \S+\.{name}\. \w"):
+        MoteArgs.model_validate(config(adapter=adapter, datasets=[CHAINS], plugins=plugins))
+    MoteArgs.model_validate(config(adapter="lora", datasets=[TEXT], plugins=plugins))
+    plugins[1] = "axolotl.integrations.liger.LigerPlugin"
+    MoteArgs.model_validate(config(adapter=adapter, datasets=[CHAINS], plugins=plugins))
+
+
+@pytest.mark.parametrize("name", REFUSED_PLUGINS)
+def test_axolotl_has_the_plugins_that_are_refused(name: str) -> None:
+    """A plugin that it renames would be accepted."""
+    folder = Path(pytest.importorskip("axolotl.integrations").__path__[0])
+    assert any(f"class {name}(" in file.read_text("utf-8") for file in folder.rglob("*.py"))
 
 
 @pytest.mark.parametrize("targets", ["lm_head", ["q_proj", "lm_head"], ["model.embed_tokens"]])

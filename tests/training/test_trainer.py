@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from axolotl_mote.training import trainer as trainer_module
-from axolotl_mote.training.trainer import MoteTrainer
+from axolotl_mote.training.trainer import MoteTrainer, ScoredCollator
 
 CPU = torch.device("cpu")
 
@@ -128,10 +128,30 @@ def test_loss_is_the_weighted_mean_over_the_whole_window_and_all_ranks(kind: str
     assert float(sum(losses).detach()) == pytest.approx(2 * sum(value for value, _ in expected) / weight_sum, rel=1e-5)
 
 
+def test_the_head_runs_on_scored_tokens_alone(tmp_path: Path) -> None:
+    model = mote(question_routing="mean").eval()
+    made = build_trainer(tmp_path, model, WEIGHTS)
+
+    def masked(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        collated = collate(rows)
+        collated["labels"][:, :150] = -100
+        return collated
+
+    rows: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    features = [{"input_ids": [7] * 150 + chain()}]
+    losses = [made.compute_loss(model, collator(features)) for collator in (masked, ScoredCollator(masked))]
+    assert rows == [150 + len(chain()), 64]
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-6)
+    for collator in (made.data_collator, made.eval_data_collator):
+        assert collator(features)["scored"].shape == (1, 150 + len(chain()))  # all but the question's five have labels
+    assert not isinstance(build_trainer(tmp_path, plain_lora(), WEIGHTS).data_collator, ScoredCollator)
+
+
 def test_step_ids_and_targets_are_computed_once_per_micro_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from axolotl_mote.model import adapter
+    from axolotl_mote.model import routed
 
     calls = []
 
@@ -142,7 +162,7 @@ def test_step_ids_and_targets_are_computed_once_per_micro_batch(
 
         return call
 
-    monkeypatch.setattr(adapter, "step_ids_from_tokens", counted(trainer_module.step_ids_from_tokens))
+    monkeypatch.setattr(routed, "step_ids_from_tokens", counted(trainer_module.step_ids_from_tokens))
     monkeypatch.setattr(trainer_module, "step_ids_from_tokens", counted(trainer_module.step_ids_from_tokens))
     monkeypatch.setattr(trainer_module, "build_targets", counted(trainer_module.build_targets))
     model = mote()

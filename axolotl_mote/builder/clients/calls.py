@@ -8,7 +8,9 @@ from typing import Literal
 
 from axolotl_mote.chain.questions import Messages
 
-Finish = Literal["stop", "length", "filtered", "refused"]
+Finish = Literal["stop", "length", "filtered", "refused", "tool_call", "only_reasoning"]
+NO_TEXT: frozenset[Finish] = frozenset({"tool_call", "only_reasoning"})
+"""Ways to finish without a text; each is the name of a defect."""
 
 
 class BuildStopped(Exception):
@@ -55,7 +57,8 @@ class Completion:
     Attributes:
         text: The generated text, unchanged.
         finish: stop; length (token limit reached); filtered (by the server's content filter); refused (this request can
-            never be answered, for example because it is too long; ``text`` holds the reason).
+            never be answered, for example because it is too long; ``text`` holds the reason); tool_call or
+            only_reasoning (what came instead of a text).
         prompt_tokens, completion_tokens: As counted by the client, or estimated where a server does not say.
         model: Name of the model that answered and, where given, its fingerprint.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -20,7 +21,8 @@ def retry_after(headers: Mapping[str, str]) -> float:
     """Seconds to wait as asked by retry-after-ms or Retry-After (seconds or a date), else by ``rate_limit_reset``."""
     try:
         if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+            seconds = float(headers["retry-after-ms"]) / 1000
+            return max(0.0, seconds) if math.isfinite(seconds) else 0.0
         value = headers.get("retry-after", "")
         if re.fullmatch(r"\s*\d+(\.\d+)?\s*", value):
             return float(value)

@@ -1,14 +1,15 @@
 """Client for OpenAI-compatible servers: vLLM, TGI, SGLang, ``transformers serve``, hosted APIs.
 
     429, 408, 409, 425, 5xx, timeout, broken             retried with exponential back-off and full jitter, on another
-    connection, broken JSON, reply without choices       replica if there is one, for ``retry_for`` seconds; the replica
+    connection, a reply that is no completion            replica if there is one, for ``retry_for`` seconds; the replica
                                                          cools down, longer with every failure in a row
     Retry-After, x-ratelimit-remaining-* = 0             the replica cools down for as long as it asks
-    401, 404, quota used up                              the build stops: no question can succeed
+    401, 404, quota used up                              the same; if every replica says so, the build stops: no
+                                                         question can succeed
     context too long, filtered                           recorded as refused or filtered; not asked again
-    400, 403, 413, 422 once something was answered       the same: the question is at fault
-    the same before the first answer                     retried while other requests are in flight; if there are none,
-                                                         the build stops
+    400, 403, 413, 422 once this replica has answered    the same: the question is at fault
+    the same before its first answer                     retried on other replicas and while other requests are in
+                                                         flight; if there are none, the build stops
 
 If a call is not answered in time, its question is postponed to the next run and nothing is recorded for it. If no other
 call was answered in that time either, the run stops. Each request carries a seed; servers may ignore it.
@@ -21,12 +22,13 @@ import logging
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from json import JSONDecodeError
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
-import openai
-from openai.types.chat import ChatCompletion
+import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_delay
 from tenacity.wait import wait_random_exponential
 
@@ -36,34 +38,32 @@ from axolotl_mote.builder.clients.calls import (
     CallPostponed,
     Completion,
     FatalCallError,
-    Finish,
     NoServerResponding,
 )
 from axolotl_mote.builder.clients.cooldown import failure_cooldown, rate_limit_reset, retry_after
+from axolotl_mote.builder.clients.replies import UnreadableReply, read_completion, read_error
 from axolotl_mote.builder.settings import ServerModel, Stage
 
 log = logging.getLogger(__name__)
 
 _TOO_LONG = re.compile(r"context.{0,20}(?:length|window)|too (?:long|many tokens)|maximum.{0,30}tokens", re.IGNORECASE)
-_FINISHES: dict[str, Finish] = {"length": "length", "content_filter": "filtered"}
 
 
 class _RetryableFault(Exception):
     """A fault that may pass."""
 
 
-class _UnreadableReply(Exception):
-    """A reply that is not a completion."""
-
-
 @dataclass
 class _Replica:
     url: str
-    client: openai.AsyncOpenAI
+    proxy: str | None
     in_flight: int = 0
     cooldown_until: float = 0.0
     cooldown_reason: str = ""
     failures: int = 0  # in a row
+    answered: bool = False
+    rejection: str = ""  # its latest reply, if that was one
+    hopeless: bool = False  # whether it rejects every question
 
     def cool_down(self, seconds: float, reason: str) -> None:
         """Send nothing for some seconds; a shorter cooldown than the present one changes nothing."""
@@ -91,11 +91,17 @@ class ServerClient:
             raise ValueError(
                 f"api_key_env must name a set environment variable; got {spec.api_key_env}. Export it first."
             )
+        wrong = [url for url in spec.base_urls if not url.startswith(("http://", "https://"))]
+        if wrong:
+            raise ValueError(f"base_urls must begin with http:// or https://; got {wrong[0]}. Correct the address.")
         self.spec, self._budget = spec, budget
-        self._replicas = [
-            _Replica(url, openai.AsyncOpenAI(base_url=url, api_key=key, timeout=spec.timeout, max_retries=0))
-            for url in spec.base_urls
-        ]
+        self._replicas = [_Replica(url.rstrip("/"), _proxy(url)) for url in spec.base_urls]
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            headers={"Authorization": f"Bearer {key}", "User-Agent": "axolotl-mote"},
+            timeout=aiohttp.ClientTimeout(total=None),  # ours also covers what comes drop by drop
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
         self._change = asyncio.Condition()
         self._answered_before = answered
         self._answers = 0
@@ -124,7 +130,10 @@ class ServerClient:
                     completion = await self._send(call, stage, deadline)
         except _RetryableFault as error:
             if self._answers == answers:
-                self._not_responding = NoServerResponding(f"no server answered for {self.spec.retry_for:g} s: {error}")
+                words = [str(error), *(r.rejection for r in self._replicas if r.rejection not in str(error))]
+                self._not_responding = NoServerResponding(
+                    f"no server answered for {self.spec.retry_for:g} s: {'; '.join(words)}"
+                )
                 raise self._not_responding from error
             raise CallPostponed(f"{call.key}: {error}") from error
         self._answers += 1
@@ -133,8 +142,7 @@ class ServerClient:
 
     async def aclose(self) -> None:
         """Close all connections."""
-        for replica in self._replicas:
-            await replica.client.close()
+        await self._session.close()
 
     async def _send(self, call: Call, stage: Stage, deadline: float) -> Completion:
         replica = await self._reserve(deadline)
@@ -142,20 +150,22 @@ class ServerClient:
             if self._not_responding is not None:  # another call found out; this one need not wait as well
                 raise self._not_responding
             self._budget.start()
-            async with asyncio.timeout(self.spec.timeout):  # the whole request; the client's own is between two bytes
-                raw = await replica.client.chat.completions.with_raw_response.create(**self._body(call, stage))
-            completion = _read(raw.parse())
-            replica.failures = 0
-            replica.cool_down(rate_limit_reset(raw.headers), "rate limit used up")
+            async with asyncio.timeout(self.spec.timeout):
+                where = f"{replica.url}/chat/completions"
+                async with self._session.post(where, json=self._body(call, stage), proxy=replica.proxy) as reply:
+                    body = await reply.read()
+            if reply.status >= 300:
+                return self._read_status(reply.status, reply.headers, body, replica)
+            completion = read_completion(body, self.spec.model)
+            replica.failures, replica.answered, replica.rejection, replica.hopeless = 0, True, "", False
+            replica.cool_down(rate_limit_reset(reply.headers), "rate limit used up")
             return completion
-        except (JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError, _UnreadableReply) as error:
+        except UnreadableReply as error:
             raise self._failed(replica, f"broken reply: {error}") from error
-        except (TimeoutError, openai.APITimeoutError) as error:
+        except TimeoutError as error:
             raise self._failed(replica, f"no answer within {self.spec.timeout} s") from error
-        except openai.APIConnectionError as error:
-            raise self._failed(replica, f"no connection: {error.__cause__ or error}") from error
-        except openai.APIStatusError as error:
-            return self._read_status(error, replica)
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._failed(replica, f"no connection: {error}") from error
         finally:
             async with self._change:
                 replica.in_flight -= 1
@@ -185,31 +195,37 @@ class ServerClient:
             "top_p": stage.top_p,
             "seed": call.seed,
             self.spec.token_limit_key: stage.max_new_tokens,
-            "extra_body": self.spec.extra_body or None,
+            **self.spec.extra_body,
         }
 
-    def _read_status(self, error: openai.APIStatusError, replica: _Replica) -> Completion:
+    def _read_status(self, status: int, headers: Mapping[str, str], body: bytes, replica: _Replica) -> Completion:
         """Decide what an error status means; see the table at the top."""
-        status, words = error.status_code, f"{replica.url}: {error}"
-        if status >= 500 or status in (408, 409, 425) or (status == 429 and error.code != "insufficient_quota"):
-            raise self._failed(replica, str(error), retry_after(error.response.headers)) from error
-        if status in (400, 403, 413, 422):
-            if error.code == "content_filter":
-                return Completion(str(error), "filtered", model=self.spec.model)
-            if error.code == "context_length_exceeded" or _TOO_LONG.search(str(error)) or self._accepts_others(status):
-                return Completion(str(error), "refused", model=self.spec.model)
-            if sum(r.in_flight for r in self._replicas) > 1:  # the others will show whether the question is at fault
-                raise _RetryableFault(words) from error
-        raise FatalCallError(
-            f"the server must accept our requests; got {words}. Check model, address and key."
-        ) from error
-
-    def _accepts_others(self, status: int) -> bool:
-        """Whether this server has answered, so that the question is at fault.
-
-        A key without rights gives 403, and a resumed build may use another key: for 403 only this run's answers count.
-        """
-        return self._answers > 0 or (self._answered_before and status != 403)
+        words, code = read_error(body)
+        words = f"status {status}: {words}"
+        if (
+            status < 400
+            or status >= 500
+            or status in (408, 409, 425)
+            or (status == 429 and code != "insufficient_quota")
+        ):
+            raise self._failed(replica, words, retry_after(headers))
+        may_be_the_question = status in (400, 403, 413, 422)
+        if may_be_the_question:
+            if code == "content_filter":
+                return Completion(words, "filtered", model=self.spec.model)
+            if code == "context_length_exceeded" or _TOO_LONG.search(words) or replica.answered:
+                return Completion(words, "refused", model=self.spec.model)
+        replica.rejection, replica.hopeless = f"{replica.url}: {words}", not may_be_the_question
+        if not all(other.rejection for other in self._replicas):
+            raise self._failed(replica, words)
+        # A key without rights gives 403, and a resumed build may use another key: then only this run's answers count.
+        if may_be_the_question and (self._answers > 0 or (self._answered_before and status != 403)):
+            return Completion(words, "refused", model=self.spec.model)
+        others = sum(other.in_flight for other in self._replicas if not other.hopeless) - (not replica.hopeless)
+        if others > 0:  # they will show whether the question is at fault
+            raise _RetryableFault(replica.rejection)
+        rejections = "; ".join(other.rejection for other in self._replicas)
+        raise FatalCallError(f"the server must accept our requests; got {rejections}. Check model, address and key.")
 
     async def _reserve(self, deadline: float) -> _Replica:
         """Wait for a replica that has room and does not cool down, and reserve a place in it."""
@@ -234,25 +250,11 @@ class ServerClient:
                     pass
 
 
-def _read(reply: Any) -> Completion:
-    """A parsed reply as a completion.
-
-    Raises:
-        _UnreadableReply: If it is not a completion.
-    """
-    if not isinstance(reply, ChatCompletion) or not isinstance(reply.choices, list) or not reply.choices:
-        raise _UnreadableReply("no choices")
-    choice, usage = reply.choices[0], reply.usage
-    message = getattr(choice, "message", None)
-    if message is None:
-        raise _UnreadableReply("no message")
-    text = message.content or getattr(message, "refusal", None) or ""
-    if not isinstance(text, str):
-        raise _UnreadableReply("content that is not a string")
-    name = f"{reply.model}@{reply.system_fingerprint}" if reply.system_fingerprint else str(reply.model)
-    # For servers that do not count tokens, four characters are one token, so that a token budget still ends the run.
-    used = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, len(text) // 4 + 1)
-    return Completion(text, _FINISHES.get(choice.finish_reason, "stop"), *used, model=name)
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for an address. (aiohttp's own way also reads .netrc, at every call.)"""
+    address = urlsplit(url)
+    found = None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
+    return found if found and found.startswith("http") else None
 
 
 def _log_retry(state: RetryCallState) -> None:

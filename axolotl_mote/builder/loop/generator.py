@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
-from axolotl_mote.builder.clients.calls import Call, Completion, call_seed
+from axolotl_mote.builder.clients.calls import NO_TEXT, Call, Completion, call_seed
 from axolotl_mote.builder.settings import Settings
 from axolotl_mote.builder.texts.hygiene import clean, defect
 from axolotl_mote.builder.texts.prompts import Prompts, guard_messages
@@ -116,12 +116,16 @@ def _write(
     drafts: list[Draft] = []
     for number in range(_max_attempts(step, settings)):
         completion = yield _call(question, step, round_, number, messages, settings)
-        text, broken_up = clean(completion.text)
-        fault = defect(text, completion.finish, settings.hygiene) or ("prompt_leak" if prompts.leaks(text) else None)
+        text, broken_up = clean(completion.text, settings.hygiene.control_tokens)
+        fault = completion.finish if completion.finish in NO_TEXT else _defect(text, completion, settings, prompts)
         drafts.append(Draft(text, broken_up, fault))
         if fault is None:
             break
     return drafts
+
+
+def _defect(text: str, completion: Completion, settings: Settings, prompts: Prompts) -> str | None:
+    return defect(text, completion.finish, settings.hygiene) or ("prompt_leak" if prompts.leaks(text) else None)
 
 
 def _judge(
@@ -130,7 +134,7 @@ def _judge(
     """Ask whether the answer is safe. The judge sees question and answer, not the reasoning: p(C | A, x)."""
     style = settings.stages.check.style
     if style == "guard":
-        messages = guard_messages(question.messages, response)
+        messages = guard_messages(question.messages, response, settings.hygiene.control_tokens)
     else:
         messages = prompts.render("check", question.messages, response=response)
     for number in range(_max_attempts("check", settings)):

@@ -4,11 +4,14 @@
     others    {"config": HASH, "call": "QUESTION/STAGE.ROUND.ATTEMPT", "text": ..., "finish": ..., ...}
 
 A call counts as finished once its line is on disk. A last line that a crash tore is cut off when the journal is opened;
-damage anywhere else raises an error. One process at a time may hold the journal.
+damage anywhere else raises an error. One process at a time may hold the journal. Memory holds the key of every call and
+the offset of its line, about 200 bytes; the texts stay on disk.
 """
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -46,37 +49,53 @@ class Journal:
     def __init__(self, path: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
         self._path, self._config = path, config_hash(identity)
         self.set_aside: Path | None = None
+        self._writing = threading.Lock()
         self._log = AppendLog(path, begins=_BEGINS)
         try:
             if restart and path.stat().st_size:
                 self.set_aside = _set_aside(path)
                 with self._log:  # the older journal stays locked until the new one is
                     self._log = AppendLog(path, begins=_BEGINS)
-            self._completions = self._read(identity)
+            self._offsets = self._read(identity)
             self._log.cut_torn_line()
         except BaseException:
             self.close()
             raise
 
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __contains__(self, call: Call) -> bool:
+        return call.key in self._offsets
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys of all recorded calls."""
+        return iter(self._offsets)
+
     def get(self, call: Call) -> Completion | None:
         """The recorded completion of a call, or None."""
-        return self._completions.get(call.key)
+        offset = self._offsets.get(call.key)
+        return None if offset is None else self._completion_at(offset)
 
     def completions(self) -> Iterator[tuple[str, Completion]]:
         """All recorded calls as (key, completion)."""
-        yield from self._completions.items()
+        return ((key, self._completion_at(offset)) for key, offset in self._offsets.items())
 
     def add(self, results: Iterable[tuple[Call, Completion]]) -> None:
-        """Record finished calls; calls recorded before stay as they are. On return they are on disk."""
-        new: dict[str, Completion] = {}
-        lines = []
-        for call, completion in results:
-            if call.key not in self._completions and call.key not in new:
-                new[call.key] = completion
-                lines.append({"config": self._config, "call": call.key, "seed": call.seed, **vars(completion)})
-        if lines:
-            self._log.append(lines)
-            self._completions |= new
+        """Record finished calls; calls recorded before stay as they are. On return they are on disk.
+
+        Threads may share a journal.
+
+        Raises:
+            OSError: If they cannot be written; then none of them is recorded.
+        """
+        with self._writing:
+            new: dict[str, dict[str, Any]] = {}
+            for call, completion in results:
+                if call.key not in self._offsets and call.key not in new:
+                    new[call.key] = {"config": self._config, "call": call.key, "seed": call.seed, **vars(completion)}
+            if new:
+                self._offsets.update(zip(new, self._log.append(new.values()), strict=True))
 
     def close(self) -> None:
         """Release the file; safe to call twice."""
@@ -90,10 +109,10 @@ class Journal:
     ) -> None:
         self.close()
 
-    def _read(self, identity: dict[str, Any]) -> dict[str, Completion]:
-        """Check the head, or write it into an empty file; returns the completions by key."""
+    def _read(self, identity: dict[str, Any]) -> dict[str, int]:
+        """Check the head, or write it into an empty file; returns the offset of each call's line, by key."""
         records = self._records()
-        head = next(records, None)
+        _, head = next(records, (0, None))
         if head is None:
             self._log.append([{"journal": 1, "config": self._config, "identity": identity}])
             return {}
@@ -105,19 +124,60 @@ class Journal:
                 f"{self._path} must continue with the configuration that began it; these keys changed:\n{listed}\n"
                 "Undo the change, choose another output folder, or start over with --restart."
             )
-        try:
-            return {r["call"]: Completion(**{key: r[key] for key in _FIELDS}) for r in records}
-        except KeyError as error:
-            raise JournalError(f"{self._path} must hold whole records; one lacks {error}. Move it away.") from error
+        offsets = {}
+        for offset, record in records:
+            lacking = [key for key in ("call", *_FIELDS) if key not in record]
+            if lacking:
+                raise JournalError(f"{self._path} must hold whole records; one lacks {lacking[0]!r}. Move it away.")
+            offsets[record["call"]] = offset
+        return offsets
 
-    def _records(self) -> Iterator[dict[str, Any]]:
+    def _completion_at(self, offset: int) -> Completion:
+        record = parse_row(self._log.line_at(offset))
+        if isinstance(record, RowFault):
+            raise JournalError(f"{self._path} must not change while a build runs; got: {record} Start the build again.")
+        return Completion(**{key: record[key] for key in _FIELDS})
+
+    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Offset and content of every line."""
+        offset = 0
         for number, line in self._log.lines():
             record = parse_row(line)
             if isinstance(record, RowFault):
                 raise JournalError(
                     f"{self._path} must hold whole records; line {number} is damaged: {record} Or remove that line."
                 )
-            yield record
+            yield offset, record
+            offset += len(line)
+
+
+class GroupCommit:
+    """Records the calls of many tasks: all that finish while one sync is under way share the next one.
+
+    The sync runs in a thread, so that the other tasks go on meanwhile.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal, self._turn = journal, asyncio.Lock()
+        self._waiting: list[tuple[Call, Completion]] = []
+
+    async def add(self, call: Call, completion: Completion) -> None:
+        """Record a finished call. On return it is on disk.
+
+        Raises:
+            OSError: As ``Journal.add``.
+        """
+        self._waiting.append((call, completion))
+        async with self._turn:  # the first task of those that wait writes for all of them
+            if call not in self._journal:
+                group = list(self._waiting)
+                await asyncio.to_thread(self._journal.add, group)
+                del self._waiting[: len(group)]
+
+    def flush(self) -> None:
+        """Record what still waits, now: after its tasks were canceled."""
+        self._journal.add(self._waiting)
+        self._waiting.clear()
 
 
 def _set_aside(path: Path) -> Path:

@@ -1,7 +1,8 @@
-"""Writes chains.jsonl, rejected.jsonl, manifest.json and statistics.html from the outcomes of a build.
+"""Writes chains.jsonl, rejected.jsonl, manifest.json and statistics.html from questions and journal.
 
-The two data files depend only on questions, journal and configuration, so two builds with the same texts write the same
-bytes. Each file appears in one rename.
+The two data files depend only on questions, journal and configuration, so two builds with the same texts write the
+same bytes, whatever ended the run. The files appear together, each in one rename. Rows pass one at a time through files
+without a name: memory does not hold them.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from axolotl_mote.builder.loop.backlog import Backlog
 from axolotl_mote.builder.loop.generator import Outcome
 from axolotl_mote.builder.loop.journal import Journal
+from axolotl_mote.builder.loop.replay import replay
 from axolotl_mote.builder.output.report import write_html
 from axolotl_mote.builder.output.statistics import summarize
 from axolotl_mote.builder.settings import QuestionSource, Settings, config_hash, identity
@@ -26,9 +28,9 @@ from axolotl_mote.builder.texts.questions import Dropped
 from axolotl_mote.builder.texts.similarity import SimilarTexts
 from axolotl_mote.chain.questions import Question
 from axolotl_mote.chain.steps import DEFAULT_STEPS, chain_form
-from axolotl_mote.files import installed_versions, write_atomically, write_jsonl
+from axolotl_mote.files import AtomicFiles, RowSpool, installed_versions
 
-_PACKAGES = ("axolotl_mote", "torch", "transformers", "openai", "tenacity", "jinja2", "datasketch", "datasets")
+_PACKAGES = ("axolotl_mote", "torch", "transformers", "aiohttp", "tenacity", "jinja2", "datasets")
 
 
 @dataclass(frozen=True)
@@ -42,83 +44,62 @@ class RunRecord:
     stopped: str | None
 
 
+RESULTS = ("chains.jsonl", "rejected.jsonl", "manifest.json", "statistics.html")
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Rename the results of an earlier build to ``chains.N.jsonl`` and so on; returns the new paths."""
+    number = 1
+    while any(_numbered(folder / name, number).exists() for name in RESULTS):
+        number += 1
+    moved = [(folder / name, _numbered(folder / name, number)) for name in RESULTS if (folder / name).exists()]
+    for path, target in moved:
+        path.rename(target)
+    return [target for _, target in moved]
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
 def write_results(
-    settings: Settings,
-    prompts: Prompts,
-    journal: Journal,
-    questions: Sequence[Question],
-    dropped: Sequence[Dropped],
-    outcomes: dict[str, Outcome],
-    run: RunRecord,
+    settings: Settings, prompts: Prompts, journal: Journal, questions: Backlog, dropped: RowSpool, run: RunRecord
 ) -> dict[str, Any]:
-    """Write all result files.
+    """Write all result files from what the journal holds.
 
     Args:
         settings, prompts, journal: The build.
-        questions: In order; those without an outcome are pending.
-        dropped: Input rows that are not used.
-        outcomes: Outcomes by question id.
+        questions: In order; those whose outcome the journal does not hold are pending.
+        dropped: Rows of ``rejected.jsonl`` for input that is not used.
         run: The run that ends.
 
     Returns:
         The counts of the manifest.
+
+    Raises:
+        OSError: If the disk is full; the files of the run before then stay as they are.
     """
-    kept, rejected = sort_outcomes([outcomes[q.id] for q in questions if q.id in outcomes], settings.deduplicate)
-    names = row_ids(questions)
-    chains = [_row(outcome, names) for outcome in kept]
-    rejects = [_dropped_row(row) for row in dropped]
-    rejects += [{**_row(outcome, names), "defects": outcome.defects, "reason": reason} for outcome, reason in rejected]
     folder = settings.output
-    write_jsonl(folder / "chains.jsonl", chains)
-    write_jsonl(folder / "rejected.jsonl", rejects)
-    counts = _counts(questions, dropped, outcomes, kept, rejected)
-    manifest = _manifest(settings, prompts, journal, counts, run)
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    if chains:
-        write_html(folder / "statistics.html", summarize(chains, rejects), title=str(folder / "chains.jsonl"))
+    with RowSpool(folder) as chains, RowSpool(folder) as rejects, AtomicFiles() as files:
+        for row in dropped:
+            rejects.append(row)
+        counts = _sort(settings, prompts, journal, questions, chains, rejects)
+        counts["dropped"] = dict(sorted(Counter(row["reason"] for row in dropped).items()))
+        manifest = _manifest(settings, prompts, journal, counts, run)
+        files.write_jsonl(folder / "chains.jsonl", chains)
+        files.write_jsonl(folder / "rejected.jsonl", rejects)
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        files.write(folder / "manifest.json", [text.encode("utf-8", "replace")])
+        page = folder / "statistics.html"
+        if len(chains):
+            write_html(page, summarize(chains, rejects), title=str(folder / "chains.jsonl"))
+        else:
+            page.unlink(missing_ok=True)
     return counts
 
 
-def sort_outcomes(
-    outcomes: Iterable[Outcome], deduplicate: float | None
-) -> tuple[list[Outcome], list[tuple[Outcome, str]]]:
-    """Split outcomes into those kept and those rejected with a reason; of near-identical answers the first is kept."""
-    kept, rejected = [], []
-    answers = SimilarTexts(deduplicate)
-    for outcome in outcomes:
-        answer = outcome.texts.get("response", "")
-        if outcome.reason is not None:
-            rejected.append((outcome, outcome.reason))
-        elif deduplicate is not None and answers.find(answer):
-            rejected.append((outcome, "near_duplicate_answer"))
-        else:
-            answers.add(outcome.question.id, answer)
-            kept.append(outcome)
-    return kept, rejected
-
-
-def row_ids(questions: Sequence[Question]) -> dict[str, str]:
-    """The id of each row by question id: the source's ``id`` where it is unique, else the question's own."""
-    given = {q.id: str(q.columns["id"]) for q in questions if q.columns.get("id") is not None}
-    uses = Counter(given.values())
-    return {q.id: given[q.id] if uses[given.get(q.id, "")] == 1 else q.id for q in questions}
-
-
-def _row(outcome: Outcome, names: dict[str, str]) -> dict[str, Any]:
-    question = outcome.question
-    columns = {key: value for key, value in question.columns.items() if key != "id"}
-    return {
-        "id": names[question.id],
-        "question_id": question.id,
-        "messages": question.messages,
-        **{step: outcome.texts.get(step) for step in DEFAULT_STEPS},
-        "check": outcome.check,
-        "verdicts": outcome.verdicts,
-        **columns,
-    }
-
-
-def _dropped_row(dropped: Dropped) -> dict[str, Any]:
+def dropped_row(dropped: Dropped) -> dict[str, Any]:
+    """The row of ``rejected.jsonl`` for input that is not used."""
     question = dropped.question
     return {
         "id": question.columns.get("id"),
@@ -129,26 +110,71 @@ def _dropped_row(dropped: Dropped) -> dict[str, Any]:
     }
 
 
-def _counts(
-    questions: Sequence[Question],
-    dropped: Sequence[Dropped],
-    outcomes: dict[str, Outcome],
-    kept: Sequence[Outcome],
-    rejected: Sequence[tuple[Outcome, str]],
+def _sort(
+    settings: Settings,
+    prompts: Prompts,
+    journal: Journal,
+    questions: Backlog,
+    chains: RowSpool,
+    rejects: RowSpool,
 ) -> dict[str, Any]:
-    every = outcomes.values()
-    forms = [chain_form(step for step in DEFAULT_STEPS if step in outcome.texts) for outcome in kept]
+    """Fill the rows of both data files; of near-identical answers the first is kept. Returns the counts."""
+    pending = neutralized = 0
+    forms, reasons, verdicts, defects = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    answers = SimilarTexts(settings.deduplicate) if settings.deduplicate is not None else None
+    given = Counter(name for question in questions if (name := _given_id(question)) is not None)
+    for question in questions:
+        outcome = replay(question, settings, prompts, journal)
+        if outcome is None:
+            pending += 1
+            continue
+        verdicts.update(outcome.verdicts)
+        defects.update(outcome.defects)
+        neutralized += outcome.neutralized
+        name = _given_id(question)
+        row = _row(outcome, name if name is not None and given[name] == 1 else question.id)
+        answer, reason = outcome.texts.get("response", ""), outcome.reason
+        if reason is None and answers is not None and answers.find(answer):
+            reason = "near_duplicate_answer"
+        if reason is not None:
+            rejects.append({**row, "defects": outcome.defects, "reason": reason})
+            reasons[reason] += 1
+            continue
+        if answers is not None:
+            answers.add(question.id, answer)
+        chains.append(row)
+        forms[chain_form(step for step in DEFAULT_STEPS if step in outcome.texts)] += 1
     return {
         "questions": len(questions),
-        "dropped": dict(sorted(Counter(row.reason for row in dropped).items())),
-        "kept": len(kept),
-        "rejected": len(rejected),
-        "pending": len(questions) - len(outcomes),
-        "forms": dict(sorted(Counter(forms).items())),
-        "reasons": dict(sorted(Counter(reason for _, reason in rejected).items())),
-        "verdicts": dict(sorted(Counter(verdict for o in every for verdict in o.verdicts).items())),
-        "defects": dict(sorted(Counter(fault for o in every for fault in o.defects).items())),
-        "control_tokens_broken_up": sum(o.neutralized for o in every),
+        "dropped": {},
+        "kept": len(chains),
+        "rejected": reasons.total(),
+        "pending": pending,
+        **{
+            name: dict(sorted(counter.items()))
+            for name, counter in (("forms", forms), ("reasons", reasons), ("verdicts", verdicts), ("defects", defects))
+        },
+        "control_tokens_broken_up": neutralized,
+    }
+
+
+def _given_id(question: Question) -> str | None:
+    """The ``id`` that the source gives a row, which counts where it is unique."""
+    given = question.columns.get("id")
+    return None if given is None else str(given)
+
+
+def _row(outcome: Outcome, name: str) -> dict[str, Any]:
+    question = outcome.question
+    columns = {key: value for key, value in question.columns.items() if key != "id"}
+    return {
+        "id": name,
+        "question_id": question.id,
+        "messages": question.messages,
+        **{step: outcome.texts.get(step) for step in DEFAULT_STEPS},
+        "check": outcome.check,
+        "verdicts": outcome.verdicts,
+        **columns,
     }
 
 

@@ -38,8 +38,9 @@ def self_bleu(texts: Sequence[Sequence[str]]) -> float | None:
     if len(texts) < 2:
         return None
     vocabulary: dict[str, int] = {}
-    stream = np.array([vocabulary.setdefault(word, len(vocabulary)) for text in texts for word in text], dtype=np.int64)
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    ids = (vocabulary.setdefault(word, len(vocabulary)) for text in texts for word in text)
+    stream = np.fromiter(ids, dtype=np.int64, count=int(lengths.sum()))
     owner = np.repeat(np.arange(len(texts)), lengths)
     log_precision = np.zeros(len(texts))
     unmatched = np.zeros(len(texts), dtype=bool)

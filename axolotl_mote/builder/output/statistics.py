@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -70,7 +71,7 @@ class Summary:
 
 
 def summarize(
-    rows: Sequence[dict[str, Any]],
+    rows: Iterable[dict[str, Any]],
     rejected: Iterable[dict[str, Any]] = (),
     *,
     steps: Sequence[str] = DEFAULT_STEPS,
@@ -80,7 +81,7 @@ def summarize(
     """Describe chain rows.
 
     Args:
-        rows: Chain rows.
+        rows: Chain rows; read several times, so no iterator.
         rejected: Rows with a ``reason``.
         steps: The steps of the chains, in order; the last one is the answer.
         sample: Self-BLEU of at most this many chains, drawn with ``seed``; 0: all. Self-BLEU grows with the number of
@@ -94,32 +95,51 @@ def summarize(
         raise ValueError(
             f"steps must not hold {WHOLE!r}, the name of the whole chain; got {list(steps)}. Rename the step."
         )
-    chains = [row for row in rows if not _is_refused(row, steps)]
+    forms, checks, turns = Counter[str](), Counter[str](), Counter[str]()
+    refused = 0
+    for row in rows:
+        if _is_refused(row, steps):
+            refused += 1
+            continue
+        forms[chain_form(step for step in steps if row.get(step))] += 1
+        checks[str(row.get("check") or "none")] += 1
+        turns[str(_user_turns(row.get("messages")))] += 1
+    chains = forms.total()
     if not chains:
         raise ValueError(
-            f"the chain file must hold at least one chain; got {len(rows)} refused rows and no chain. See "
+            f"the chain file must hold at least one chain; got {refused} refused rows and no chain. See "
             "rejected.jsonl or the column error for the reasons."
         )
-    chosen = set(range(len(chains)))
-    sampled = None
-    if 0 < sample < len(chains):
-        chosen, sampled = set(random.Random(seed).sample(range(len(chains)), sample)), sample
-    numbers = {}
-    for name in (*steps, WHOLE):
-        parts = steps if name == WHOLE else (name,)
-        texts = {i: tokenize(text) for i, row in enumerate(chains) if (text := _text(row, parts))}
-        bleu = self_bleu([words for i, words in texts.items() if i in chosen])
-        numbers[name] = _numbers([len(words) for words in texts.values()], len(chains), bleu)
+    sampled = sample if 0 < sample < chains else None
+    chosen = None if sampled is None else set(random.Random(seed).sample(range(chains), sampled))
     return Summary(
-        chains=len(chains),
-        refused=len(rows) - len(chains),
+        chains=chains,
+        refused=refused,
         sampled=sampled,
-        steps=numbers,
-        forms=_counter(chain_form(step for step in steps if row.get(step)) for row in chains),
-        checks=_counter(str(row.get("check") or "none") for row in chains),
-        turns=_counter(str(_user_turns(row.get("messages"))) for row in chains),
-        rejected=_counter(str(row.get("reason")) for row in rejected),
+        steps={name: _step_numbers(rows, steps, name, chains, chosen) for name in (*steps, WHOLE)},
+        forms=_ordered(forms),
+        checks=_ordered(checks),
+        turns=_ordered(turns),
+        rejected=_ordered(Counter(str(row.get("reason")) for row in rejected)),
     )
+
+
+def _step_numbers(
+    rows: Iterable[dict[str, Any]], steps: Sequence[str], name: str, chains: int, chosen: set[int] | None
+) -> StepNumbers:
+    """The numbers of one step, or of the whole chain; ``chosen`` chains count for Self-BLEU, or all."""
+    parts = steps if name == WHOLE else (name,)
+    lengths: list[int] = []
+    texts: list[list[str]] = []
+    for number, row in enumerate(row for row in rows if not _is_refused(row, steps)):
+        text = _text(row, parts)
+        if not text:
+            continue
+        words = tokenize(text)
+        lengths.append(len(words))
+        if chosen is None or number in chosen:
+            texts.append(list(map(sys.intern, words)))  # most words occur often: one copy of each
+    return _numbers(lengths, chains, self_bleu(texts))
 
 
 def read_chains(path: Path, steps: Sequence[str] = DEFAULT_STEPS) -> list[dict[str, Any]]:
@@ -181,5 +201,5 @@ def _histogram(ordered: list[int]) -> list[tuple[int, int, int]]:
     return [(b * width, (b + 1) * width - 1, counts[b]) for b in range(ordered[-1] // width + 1)]
 
 
-def _counter(values: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(Counter(values).items(), key=lambda item: (-item[1], item[0])))
+def _ordered(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

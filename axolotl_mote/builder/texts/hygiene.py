@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from axolotl_mote.builder.settings import Hygiene
-from axolotl_mote.chain.quoting import CONTROL_TOKEN, encodable, neutralize
+from axolotl_mote.chain.quoting import encodable, neutralize, strip_control_tokens
 
-_EDGES = re.compile(rf"\A(?:\s|{CONTROL_TOKEN.pattern})+|(?:\s|{CONTROL_TOKEN.pattern})+\Z", re.IGNORECASE)
-_THINKING = re.compile(r"\A(?:.*</think>)?(?:\s*<think>.*)?", re.DOTALL)
+# <think>, <thinking>, <seed:think> (Seed-OSS), [THINK] (Magistral), Cohere's, Kimi-VL's and Gemma 4's spelling
+_OPENS = r"(?:<(?:seed:)?think(?:ing)?>|\[THINK\]|<\|START_THINKING\|>|◁think▷|<\|channel>)"
+_CLOSES = r"(?:</(?:seed:)?think(?:ing)?>|\[/THINK\]|<\|END_THINKING\|>|◁/think▷|<channel\|>)"
+_THINKING = re.compile(rf"\A(?:.*{_CLOSES})?(?:\s*{_OPENS}.*)?", re.DOTALL)
 
 _CANNOT = r"(?:can'?t|cannot|can not|won'?t|am unable|am not able)\b"
 _REFUSALS = (
@@ -24,18 +27,22 @@ def without_thinking(text: str) -> str:
     """Generated text without the reasoning before it.
 
     The prompt may have opened ``<think>`` already, so everything up to the last ``</think>`` is reasoning. If a later
-    ``<think>`` is never closed, the rest is reasoning too.
+    ``<think>`` is never closed, the rest is reasoning too. Other models' spellings count as well: ``[THINK]`` and such.
     """
     return _THINKING.sub("", text, count=1)
 
 
-def clean(text: str) -> tuple[str, int]:
+def clean(text: str, control_tokens: Sequence[str] = ()) -> tuple[str, int]:
     """Generated text ready to be stored: valid UTF-8, no reasoning, no control tokens at its ends or inside.
+
+    Args:
+        text: What the model wrote.
+        control_tokens: More control tokens than those known; see ``chain.quoting.neutralize``.
 
     Returns:
         The text and how many control tokens were broken up inside it.
     """
-    return neutralize(_EDGES.sub("", without_thinking(encodable(text))).strip())
+    return neutralize(strip_control_tokens(without_thinking(encodable(text)), control_tokens), control_tokens)
 
 
 def defect(text: str, finish: str, rules: Hygiene) -> str | None:

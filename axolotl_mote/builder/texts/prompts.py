@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,20 @@ class Prompts:
     Args:
         stages: Stages whose templates are loaded, by name.
         folder: Folder with templates that replace the built-in ones of the same name.
+        control_tokens: More control tokens to break up in values; see ``chain.quoting.neutralize``.
 
     Raises:
         ValueError: If a template cannot be read or compiled, or lacks the block ``user``.
     """
 
-    def __init__(self, stages: dict[str, Stage], folder: Path | None = None) -> None:
+    def __init__(
+        self, stages: dict[str, Stage], folder: Path | None = None, control_tokens: Sequence[str] = ()
+    ) -> None:
         environment = ImmutableSandboxedEnvironment(
             undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
         )
         environment.filters["quote"] = quote
-        self._templates, self._stages = {}, stages
+        self._templates, self._stages, self._control_tokens = {}, stages, tuple(control_tokens)
         self.hashes: dict[str, str] = {}
         self.files: dict[str, str] = {}
         self._windows: set[tuple[str, ...]] = set()
@@ -80,9 +84,11 @@ class Prompts:
             For ``response`` the dialogue with its last turn rendered, so that the model sees real turns; for the other
             stages one user message. A system block that is not empty comes first.
         """
-        safe = [{"role": m["role"], "content": neutralize(m["content"])[0]} for m in messages]
+        safe = _harmless(messages, self._control_tokens)
         values: dict[str, Any] = dict.fromkeys(("analysis", "guidance", "response"))
-        values.update({name: neutralize(text)[0] if text else text for name, text in texts.items()})
+        values.update(
+            {name: neutralize(text, self._control_tokens)[0] if text else text for name, text in texts.items()}
+        )
         values.update(messages=safe, last=safe[-1]["content"])
         values["max_words"] = max(10, self._stages[stage].max_new_tokens // 20 * 10)
         values["constrained"] = getattr(self._stages[stage], "constrained", False)
@@ -119,10 +125,13 @@ def _windows(text: str) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + 8]) for i in range(len(words) - 7)]
 
 
-def guard_messages(messages: Messages, response: str) -> Messages:
+def guard_messages(messages: Messages, response: str, control_tokens: Sequence[str] = ()) -> Messages:
     """The dialogue and its answer as plain turns, for a guard model whose chat template holds the instructions."""
-    turns = [*messages, {"role": "assistant", "content": response}]
-    return [{"role": turn["role"], "content": neutralize(turn["content"])[0]} for turn in turns]
+    return _harmless([*messages, {"role": "assistant", "content": response}], control_tokens)
+
+
+def _harmless(messages: Messages, control_tokens: Sequence[str]) -> Messages:
+    return [{"role": turn["role"], "content": neutralize(turn["content"], control_tokens)[0]} for turn in messages]
 
 
 def _template_file(stage: str, folder: Path | None) -> Path:

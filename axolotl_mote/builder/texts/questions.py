@@ -7,8 +7,10 @@ question, repeat another or match an evaluation prompt are dropped with a reason
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from axolotl_mote.builder.settings import QuestionSource
@@ -21,7 +23,8 @@ COLUMNS = (QUESTION_COLUMNS[0], "chosen", *QUESTION_COLUMNS[1:])
 """Columns that can hold a question; the first one present counts."""
 
 _RESERVED = frozenset({"messages", "analysis", "guidance", "response", "check", "verdicts", "reason", "question_id"})
-_TURN = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):[ \t]*")
+# A run of white space is looked at once, from its start: (?>...) and ++ never go back.
+_TURN = re.compile(r"(?:\A|(?<!\s)(?>\s*?\n\n))\s*+(Human|Assistant):")
 _ROLES = {"human": "user", "user": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 
@@ -81,16 +84,38 @@ def load_questions(
     deduplicate: float | None = 0.8,
     seed: int = 0,
 ) -> tuple[list[Question], list[Dropped]]:
-    """Read all sources.
+    """The questions and the dropped rows of all sources, as lists; see ``screen_questions``."""
+    questions: list[Question] = []
+    dropped: list[Dropped] = []
+    for row in screen_questions(sources, excluded, deduplicate, seed):
+        if isinstance(row, Question):
+            questions.append(row)
+        else:
+            dropped.append(row)
+    return questions, dropped
+
+
+def screen_questions(
+    sources: Iterable[QuestionSource],
+    excluded: Iterable[QuestionSource] = (),
+    deduplicate: float | None = 0.8,
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Iterator[Question | Dropped]:
+    """Read all sources, row by row.
+
+    Two questions are near-duplicates if their last user turns are nearly the same and the turns before are, too; see
+    ``SimilarTexts``. What they share otherwise, such as a system turn, does not make them alike.
 
     Args:
         sources: Where questions come from, in this order.
         excluded: Evaluation prompts; see ``ContaminationFilter``.
         deduplicate: Similarity from which two texts are nearly the same; None: only identical texts are dropped.
         seed: Seed of ``sample``.
+        on_progress: Called with the number of rows read so far, after every 1,000 rows of the sources.
 
-    Returns:
-        The questions in the order of the sources, and the dropped rows.
+    Yields:
+        Each row as a question, or as a dropped row; in the order of the sources.
 
     Raises:
         ValueError: If a file cannot be read, or no row of a source has a question.
@@ -100,13 +125,16 @@ def load_questions(
         for question in _read_questions(source, seed):
             if question.messages:
                 contamination.add(question.messages)
-    questions: list[Question] = []
-    dropped: list[Dropped] = []
     seen_ids: set[str] = set()
     seen = SimilarTexts(deduplicate)
+    count = 0
     for source in sources:
         for question in _read_questions(source, seed):
-            text = "\n".join(turn["content"] for turn in question.messages)
+            count += 1
+            if count % 1000 == 0:
+                on_progress(count)
+            *before, last = [turn["content"] for turn in question.messages] or [""]
+            turns_before = "\n".join(before)
             reason = None
             if not question.messages:
                 reason = "unusable_question"
@@ -114,15 +142,14 @@ def load_questions(
                 reason = "duplicate_question"
             elif contamination.matches(question.messages):
                 reason = "excluded"
-            elif deduplicate is not None and seen.find(text):
+            elif deduplicate is not None and seen.find(last, turns_before):
                 reason = "near_duplicate_question"
             if reason:
-                dropped.append(Dropped(question, source.label, reason))
+                yield Dropped(question, source.label, reason)
                 continue
             seen_ids.add(question.id)
-            seen.add(question.id, text)
-            questions.append(question)
-    return questions, dropped
+            seen.add(question.id, last, turns_before)
+            yield question
 
 
 def _read_questions(source: QuestionSource, seed: int) -> Iterator[Question]:
@@ -158,16 +185,12 @@ def _turn(turn: dict[str, Any]) -> dict[str, str]:
 
 
 def _join_neighbors(turns: Messages) -> Messages:
-    joined: Messages = []
-    for turn in turns:
-        if joined and joined[-1]["role"] == turn["role"]:
-            joined[-1] = {"role": turn["role"], "content": f"{joined[-1]['content']}\n\n{turn['content']}".strip()}
-        else:
-            joined.append(turn)
-    return joined
+    return [
+        {"role": role, "content": "\n\n".join(turn["content"] for turn in same if turn["content"])}
+        for role, same in groupby(turns, key=itemgetter("role"))
+    ]
 
 
 def _up_to_last_user(turns: Messages) -> Messages:
-    while turns and turns[-1]["role"] != "user":
-        turns = turns[:-1]
-    return turns
+    last = max((number for number, turn in enumerate(turns, start=1) if turn["role"] == "user"), default=0)
+    return turns[:last]

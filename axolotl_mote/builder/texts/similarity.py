@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import Any
-from zlib import crc32
+from collections.abc import Callable
+from functools import lru_cache, partial
+from operator import itemgetter
 
+import numpy as np
+
+from axolotl_mote.builder.texts.jaccard import Set, SetIndex, distinct, jaccard
 from axolotl_mote.chain.questions import Messages
 
-_PERMUTATIONS = 64
+# Odd numbers without a pattern: one for each letter of a 5-gram.
+_FACTORS = np.array(
+    [0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB],
+    dtype=np.uint64,
+)
 
 
 def normalize(text: str) -> str:
@@ -17,56 +25,56 @@ def normalize(text: str) -> str:
 
 
 class SimilarTexts:
-    """Finds an earlier text that is nearly the same, in nearly constant time per text.
+    """Finds an earlier text that is nearly the same, in a time that hardly depends on how many there are.
 
-    MinHash finds candidates; the exact Jaccard similarity of the character 5-grams decides. Texts that differ only in
-    case and punctuation always match.
+    Two texts are nearly the same if the Jaccard similarity of their sets of character 5-grams, normalized, reaches the
+    threshold. Where a text has a context, such as the turns before it, the contexts must be nearly the same, too: what
+    they share does not make the texts alike. Texts that differ only in case and punctuation always match. The decision
+    is exact but for 64-bit hashes of the 5-grams.
 
     Args:
         threshold: Jaccard similarity from which two texts count as the same; None: only identical texts do.
     """
 
     def __init__(self, threshold: float | None) -> None:
-        self._exact: dict[str, str] = {}
         self._threshold = threshold
-        self._latest: tuple[str, Any] = ("", None)
+        self._exact: dict[tuple[str, str], str] = {}
+        self._names: list[str] = []
+        self._keys: list[tuple[str, str]] = []  # text, context
         if threshold is not None:
-            from datasketch import MinHash, MinHashLSH
+            self._indexes = [SetIndex(threshold, partial(self._set, part)) for part in (0, 1)]
+            # Where all texts share something, most are compared with the same few.
+            self._compared: Callable[[int, int], Set] = lru_cache(maxsize=2048)(self._set)
 
-            # The index uses a lower threshold, so that it misses hardly any match; the exact test removes the others.
-            self._lsh = MinHashLSH(threshold=max(0.1, threshold - 0.3), num_perm=_PERMUTATIONS)
-            self._blank = MinHash(num_perm=_PERMUTATIONS, hashfunc=crc32)
-            self._texts: dict[str, str] = {}
-
-    def find(self, text: str) -> str | None:
+    def find(self, text: str, context: str = "") -> str | None:
         """Name of an earlier text that is nearly the same, or None."""
-        key = normalize(text)
-        if key in self._exact or self._threshold is None or not key or not self._exact:
+        key = normalize(text), normalize(context)
+        if key in self._exact or self._threshold is None or not key[0]:
             return self._exact.get(key)
-        grams = _grams(key)
-        for name in sorted(self._lsh.query(self._sketch(key))):
-            other = _grams(self._texts[name])
-            if len(grams & other) / len(grams | other) >= self._threshold:
-                return str(name)
+        sets = [_grams(part) for part in key]
+        searches = [index.lookup(part) for index, part in zip(self._indexes, sets, strict=True) if len(part)]
+        numbers = min(searches, key=itemgetter(0))[1]()
+        for index, part in zip(self._indexes, sets, strict=True):
+            numbers = index.possible(part, numbers)
+        for number in map(int, numbers):
+            if all(jaccard(part, self._compared(i, number)) >= self._threshold for i, part in enumerate(sets)):
+                return self._names[number]
         return None
 
-    def add(self, name: str, text: str) -> None:
+    def add(self, name: str, text: str, context: str = "") -> None:
         """Remember a text; of several identical texts the first keeps its name."""
-        key = normalize(text)
-        if key in self._exact or not key:
+        key = normalize(text), normalize(context)
+        if key in self._exact or not key[0]:
             return
         self._exact[key] = name
         if self._threshold is not None:
-            self._lsh.insert(name, self._sketch(key))
-            self._texts[name] = key
+            self._names.append(name)
+            self._keys.append(key)
+            for index, part in zip(self._indexes, key, strict=True):
+                index.add(_grams(part))
 
-    def _sketch(self, key: str) -> Any:
-        """MinHash of a text; the latest one is kept, since ``add`` usually follows ``find``."""
-        if self._latest[0] != key:
-            sketch = self._blank.copy()  # shares the permutations, which are expensive to compute
-            sketch.update_batch([gram.encode("utf-8", "surrogatepass") for gram in _grams(key)])
-            self._latest = (key, sketch)
-        return self._latest[1]
+    def _set(self, part: int, number: int) -> Set:
+        return _grams(self._keys[number][part])
 
 
 class ContainedTexts:
@@ -132,5 +140,17 @@ def _user_text(messages: Messages) -> str:
     return "\n".join(turn["content"] for turn in messages if turn["role"] == "user")
 
 
-def _grams(text: str) -> set[str]:
-    return {text[i : i + 5] for i in range(max(1, len(text) - 4))}
+@lru_cache(maxsize=4)
+def _grams(text: str) -> Set:
+    """Hashes of the character 5-grams, distinct and sorted; of a shorter text the one of the whole; none of ""."""
+    if not text:
+        return np.zeros(0, dtype=np.uint64)
+    letters = np.frombuffer(text.ljust(5, "\0").encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
+    count = len(letters) - 4
+    mixed = letters[:count] * _FACTORS[0]
+    for place, factor in enumerate(_FACTORS[1:], start=1):
+        mixed += letters[place : place + count] * factor
+    mixed ^= mixed >> np.uint64(31)
+    mixed *= _FACTORS[0]
+    mixed ^= mixed >> np.uint64(29)
+    return distinct(mixed)

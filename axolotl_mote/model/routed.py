@@ -1,0 +1,324 @@
+"""The wrapped base model: its forward routes the tokens that it is fed, and ``generate`` tells it their steps.
+
+PEFT's wrappers call the base model directly when they generate, so routing belongs to the base model itself. It gets a
+subclass of its own class, as ``torch.distributed.fsdp.fully_shard`` does it: nothing is replaced on the instance, so
+copies, pickles and ``unload`` behave as for any other module. No layers, no adapter weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from axolotl_mote.chain.vocabulary import StepVocabulary
+from axolotl_mote.model.attention import SegmentsHolder, attach, build_attention_mask, detach
+from axolotl_mote.model.config import MoteConfig
+from axolotl_mote.model.markers import MarkerEmbedding
+from axolotl_mote.model.masks import Segments, Visibility
+from axolotl_mote.model.routing import (
+    document_draws,
+    document_starts,
+    draw_question_step,
+    dropped_tokens,
+    gate_table,
+    positions_without_dropped,
+    step_ids_from_tokens,
+)
+
+
+class Routing(SegmentsHolder):
+    """The routing state of one model: set by every forward, read by every layer.
+
+    Forwards of several threads take turns, so each reads its own state. Under gradient checkpointing the state comes
+    back when a forward's backward pass begins, whatever ran in between and in whichever thread.
+
+    Attributes:
+        configs: Configuration of every adapter, by name.
+        gate: Weight of every rank for every token of the current forward, shape (B, T, R), float32; None while the
+            adapter is disabled.
+        lock: Held by a forward while it runs. Hold it to run several forwards in one state.
+        seed: Seed of the random draws (question routing, step dropout).
+        step: Optimizer step; draws change with it. A training loop of your own sets it before each forward.
+        step_dropout: Probability of dropping each of the steps before the answer while training; empty means never.
+    """
+
+    def __init__(self) -> None:
+        self.configs: dict[str, MoteConfig] = {}
+        self.active: str | None = None
+        self.gate: Tensor | None = None
+        self.lock = threading.RLock()
+        self.seed = 0
+        self.step = 0
+        self.step_dropout: tuple[float, ...] = ()
+        self._tables: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle starts between two forwards, with a lock of its own.
+        return {**self.__dict__, "lock": None, "gate": None, "segments": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
+    def add(self, adapter_name: str, config: MoteConfig) -> None:
+        """Make an adapter known."""
+        self.configs[adapter_name] = config
+        self._tables[adapter_name] = gate_table(config)
+        self.active = self.active or adapter_name
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        del self.configs[adapter_name], self._tables[adapter_name]
+
+    @property
+    def config(self) -> MoteConfig:
+        """Configuration of the active adapter."""
+        return self.configs[cast(str, self.active)]
+
+    @property
+    def vocabulary(self) -> StepVocabulary:
+        """Steps and marker ids of the active adapter."""
+        return self.config.vocabulary
+
+    def turn(self) -> AbstractContextManager[object]:
+        """Wait for the other threads' forwards; a traced forward cannot wait, and runs in one thread."""
+        return nullcontext() if torch.compiler.is_compiling() else self.lock
+
+    def set_gate(self, step_ids: Tensor) -> None:
+        """Look up the gate of every token, (B, T) -> (B, T, R)."""
+        name = cast(str, self.active)
+        if self._tables[name].device != step_ids.device:
+            self._tables[name] = self._tables[name].to(step_ids.device)
+        self.gate = F.embedding(step_ids, self._tables[name])
+
+    def restore_before(self, output: Tensor) -> None:
+        """Bring the current state back when the backward pass of an output begins, for layers that run again."""
+        gate, segments = self.gate, self.segments
+
+        def restore(_: Tensor) -> None:
+            self.gate, self.segments = gate, segments
+
+        output.register_hook(restore)  # type: ignore[no-untyped-call]
+
+
+# What stands behind RoutedModel is a model; at runtime it comes from the class that is made, one per base class.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
+
+
+class RoutedModel(_Base):
+    """What a base model's class gets in front of it: a forward and a ``generate`` that route.
+
+    Besides the model's own arguments, its forward takes ``step_ids`` (B, T), the steps of the tokens that are fed. They
+    are derived from ``input_ids`` when absent; only continuing a KV cache by hand, and ``inputs_embeds``, require them.
+    ``generate`` supplies them itself. While the adapter is disabled the model is the base model, bit for bit.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A further model of this class, as from ``type(model).from_pretrained``, is a plain one without adapter."""
+        return _original_class(cls)(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Route, then run the model's own forward."""
+        with self.routed(args, kwargs):
+            output = super().__call__(*args, **kwargs)
+            tensor = output[0] if isinstance(output, tuple) else next(iter(output.values()))
+            self.keep_routing(tensor)
+        return output
+
+    @contextmanager
+    def routed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Hold the routing state of one forward; takes ``step_ids`` out of ``kwargs`` and sets positions and mask.
+
+        Raises:
+            ValueError: If the steps of the tokens cannot be known.
+        """
+        with self.mote_routing.turn():
+            with torch.no_grad():
+                self._route(args, kwargs)
+            yield
+
+    def keep_routing(self, output: Any) -> None:
+        """Call inside ``routed`` with the output that the loss is computed from."""
+        recomputes = self.training and self.is_gradient_checkpointing and not torch.compiler.is_compiling()
+        if recomputes and isinstance(output, Tensor) and output.requires_grad:
+            self.mote_routing.restore_before(output)
+
+    def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set the gate, and under step dropout the positions and the mask."""
+        routing: Routing = self.mote_routing
+        step_ids = kwargs.pop("step_ids", None)
+        routing.active = _active_adapter(self)
+        routing.segments = None
+        if routing.active is None:
+            routing.gate = None
+            return
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if step_ids is None:
+            if input_ids is None:
+                raise ValueError(
+                    "input_ids must be given: the tokens are the router; got none. Pass input_ids or step_ids."
+                )
+            cache = kwargs.get("past_key_values")
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    "step_ids must be given when input_ids continue a cache; got tokens without their history. "
+                    "Pass step_ids_from_tokens(all_ids, config)[:, -n:] or use generate()."
+                )
+            step_ids = step_ids_from_tokens(input_ids, routing.vocabulary, kwargs.get("position_ids"))
+        if self.training:
+            # Without tokens (inputs_embeds) a document's steps take their place in its random draws.
+            self._route_training(step_ids if input_ids is None else input_ids, step_ids, kwargs)
+        else:
+            routing.set_gate(step_ids)
+
+    def _route_training(self, tokens: Tensor, step_ids: Tensor, kwargs: dict[str, Any]) -> None:
+        routing: Routing = self.mote_routing
+        config = routing.config
+        mask = kwargs.get("attention_mask")
+        valid = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        documents = document_starts(tokens, kwargs.get("position_ids"))
+        draws = document_draws(
+            tokens, documents, valid, seed=routing.seed, step=routing.step, num_draws=config.num_steps
+        )
+        routed = step_ids
+        if config.question_routing == "random":
+            routed = torch.where(step_ids == 0, draw_question_step(draws[0], config.num_steps), step_ids)
+        routing.set_gate(routed)
+        if any(routing.step_dropout):
+            dropped = dropped_tokens(step_ids, draws[1 : 1 + len(routing.step_dropout)], routing.step_dropout)
+            positions = positions_without_dropped(step_ids, dropped, documents, config.num_steps, valid)
+            valid = torch.ones_like(dropped) if valid is None else valid
+            visibility = Visibility(documents, step_ids, dropped, positions, valid)
+            kwargs["position_ids"] = positions
+            mask = build_attention_mask(visibility, self.config, self.dtype)
+            if isinstance(mask, Segments):
+                routing.segments, mask = mask, None
+            kwargs["attention_mask"] = mask
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Add the steps of the tokens that a forward of ``generate`` is fed.
+
+        A forward that continues a KV cache gets the new tokens alone; this is the one place that sees all of them.
+
+        Raises:
+            ValueError: If the tokens before the new ones are missing.
+        """
+        name = _active_adapter(self)
+        if name is None:
+            return cast("dict[str, Any]", super().prepare_inputs_for_generation(input_ids, *args, **kwargs))
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != input_ids.shape[1]:
+            raise ValueError(
+                "input_ids must hold the whole sequence, not only what continues a cache, because the tokens are the "
+                f"router; got {input_ids.shape[1]} of {mask.shape[1]} tokens. Pass all of them, and no "
+                "prefill_chunk_size."
+            )
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if inputs.get("input_ids") is None:
+            raise ValueError("input_ids must be given: the tokens are the router; got none. Pass input_ids.")
+        fed = inputs["input_ids"].shape[1]
+        vocabulary = self.mote_routing.configs[name].vocabulary
+        inputs["step_ids"] = step_ids_from_tokens(input_ids, vocabulary)[:, -fed:]
+        return inputs
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``generate`` with a vocabulary that holds the markers, also where the base model's table ends before them.
+
+        Beam search and prompt lookup read the width of the logits off ``config.vocab_size``. The configuration itself
+        must keep the base model's size, or PEFT would take the table for resized and save it.
+
+        Raises:
+            ValueError: If an assistant model does not know the markers.
+        """
+        name = _active_adapter(self)
+        if name is None:
+            return super().generate(*args, **kwargs)
+        width = max(self.mote_routing.configs[name].marker_ids) + 1
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None:
+            table = assistant.get_input_embeddings()
+            if not isinstance(table, MarkerEmbedding) and table.weight.shape[0] < width:
+                raise ValueError(
+                    f"assistant_model must have embeddings for the markers, up to id {width - 1}; its table has "
+                    f"{table.weight.shape[0]} rows. Use a model with a MoTE adapter or an exported one."
+                )
+        helper = nullcontext() if assistant is None else _wide_vocabulary(assistant.config, width)
+        with _wide_vocabulary(self.config, width), helper:
+            return super().generate(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class exists only in this process; a pickle names the one it was made from.
+        reduced = super().__reduce_ex__(protocol)
+        return (_new_routed, (_original_class(type(self)),), *cast("tuple[Any, ...]", reduced)[2:])
+
+
+def _active_adapter(model: RoutedModel) -> str | None:
+    """Name of the active adapter; None while this thread has adapters disabled, or none is active."""
+    with model.mote_routing.turn():  # another thread may have disabled them, for its turn alone
+        embedding: MarkerEmbedding = model.get_input_embeddings()
+        return embedding.enabled_adapter
+
+
+def start_routing(model: PreTrainedModel, routing: Routing) -> None:
+    """Make a model route its forwards; calling it again changes nothing."""
+    if not isinstance(model, RoutedModel):
+        model.__class__ = _routed_class(cast(Any, type(model)))
+        model.mote_routing = routing
+        attach(model, routing)
+
+
+def stop_routing(model: PreTrainedModel) -> None:
+    """Give a model its own class back."""
+    if isinstance(model, RoutedModel):
+        model.__class__ = _original_class(type(model))
+        del model.mote_routing
+        detach(model)
+
+
+@functools.cache
+def _routed_class(cls: Any) -> Any:
+    # Under the name of the original, which configurations and messages are written from.
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (RoutedModel, cls), names)
+
+
+def _original_class(routed: type) -> type:
+    """The class that a routed class, or a class that something else derived from it, was made from."""
+    return routed.__mro__[routed.__mro__.index(RoutedModel) + 1]
+
+
+def _new_routed(cls: Any) -> Any:
+    return object.__new__(_routed_class(cls))
+
+
+_WIDE: dict[int, tuple[int, int]] = {}  # id of a configuration -> generations in progress, the size to go back to
+_WIDE_LOCK = threading.Lock()
+
+
+@contextmanager
+def _wide_vocabulary(config: PretrainedConfig, width: int) -> Iterator[None]:
+    """Raise ``vocab_size`` to a width until the last of several generations, in any thread, has ended."""
+    config = config.get_text_config()
+    with _WIDE_LOCK:
+        users, size = _WIDE.get(id(config), (0, config.vocab_size))
+        _WIDE[id(config)] = (users + 1, size)
+        config.vocab_size = max(config.vocab_size, width)
+    try:
+        yield
+    finally:
+        with _WIDE_LOCK:
+            users, size = _WIDE.pop(id(config))
+            if users > 1:
+                _WIDE[id(config)] = (users - 1, size)
+            else:
+                config.vocab_size = size

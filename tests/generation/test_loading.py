@@ -1,0 +1,242 @@
+"""``load_mote``: adapters that are broken, torn or of another base model; plain LoRAs that were trained on chains."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from kit import LINEARS, STEPS, save_adapter, tiny_model, tiny_mote, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from axolotl_mote.chain.codec import ChainCodec
+from axolotl_mote.cli import main
+from axolotl_mote.export import export_adapter
+from axolotl_mote.generation import codec_for, generate_chain, load_mote
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+QUESTION = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a base model, a MoTE adapter on it, and a base model of another size."""
+    path = tmp_path_factory.mktemp("loading")
+    model, tokenizer = tiny_mote()
+    tiny_model().save_pretrained(path / "base")
+    tiny_model(hidden=64).save_pretrained(path / "wider")
+    tiny_model(layers=1).save_pretrained(path / "shorter")
+    save_adapter(model, tokenizer, path / "adapter", path / "base")
+    return path
+
+
+def change_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / CONFIG).read_text()) | values
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def drop_tensors(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def tear(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickle_instead(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+BROKEN = {
+    "no configuration": (lambda f: (f / CONFIG).unlink(), "must be a folder with adapter_config.json; got none at"),
+    "torn configuration": (
+        lambda f: (f / CONFIG).write_text('{"peft_type": "MO'),
+        "adapter_config.json must hold a JSON",
+    ),
+    "empty configuration": (lambda f: (f / CONFIG).write_text(""), "adapter_config.json must hold a JSON object"),
+    "configuration in Latin-1": (lambda f: (f / CONFIG).write_bytes(b'{"a": "\xe9"}'), "must hold a JSON object"),
+    "nested configuration": (lambda f: (f / CONFIG).write_text("[" * 10**5), "adapter_config.json must hold a JSON"),
+    "a list as configuration": (lambda f: (f / CONFIG).write_text("[]"), "must hold a JSON object; got list"),
+    "another type": (lambda f: change_config(f, peft_type="IA3"), "must have peft_type MOTE.*; got IA3 at"),
+    "no markers": (lambda f: change_config(f, marker_ids=[]), r"marker_ids must hold .*; got \[\] at"),
+    "words as markers": (lambda f: change_config(f, marker_ids=list("abcdef")), "marker_ids must hold"),
+    "wrong steps": (lambda f: change_config(f, steps=["a b"], markers=[]), "adapter_config.json: mote.steps must hold"),
+    "a word as weight": (lambda f: change_config(f, expert_weight="much"), "adapter_config.json: "),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "must hold adapter_model.safetensors; got none at"),
+    "a pickle": (pickle_instead, "must hold adapter_model.safetensors; got adapter_model.bin at .* can run code"),
+    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), "adapter_model.safetensors must be whole; got .* at"),
+    "torn weights": (lambda f: tear(f / WEIGHTS), "adapter_model.safetensors must be whole; got .* at"),
+    "half of the tensors": (drop_tensors, "layers.1"),
+    "torn tokenizer": (lambda f: tear(f / "tokenizer.json"), "tokenizer files must be whole; got .* at"),
+    "no base model": (lambda f: change_config(f, base_model_name_or_path=None), "base_model must be given; got none"),
+    "a base model that is gone": (
+        lambda f: change_config(f, base_model_name_or_path=str(f / "gone")),
+        "base_model must be a folder or a hub name; got .*gone",
+    ),
+}
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    return shutil.copytree(trained / "adapter", tmp_path / "adapter")
+
+
+def refusals(adapter: Path, tmp_path: Path, *options: str) -> dict[str, str]:
+    """What each way to load an adapter says, on one line."""
+    (tmp_path / "q.jsonl").write_text('{"prompt": "?"}\n')
+    arguments = {
+        "generate": ["--input", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / "out.jsonl")],
+        "chat": [],
+        "export": ["--output", str(tmp_path / "exported")],
+        "export --no-verify": ["--output", str(tmp_path / "exported"), "--no-verify"],
+    }
+    said = {}
+    for name, more in arguments.items():
+        result = CliRunner().invoke(main, [name.split()[0], "--adapter", str(adapter), *more, *options], input="hi\n")
+        assert result.exit_code == 1, (name, result.output, result.exception)
+        assert isinstance(result.exception, SystemExit), (name, result.exception)
+        said[name] = result.stderr
+    with pytest.raises(ValueError) as refused:  # noqa: PT011  (the caller matches the message)
+        load_mote(adapter, options[1] if options else None)
+    assert not list(tmp_path.glob(".exported*"))
+    return said | {"load_mote": str(refused.value)}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_broken_adapters_are_refused_in_one_line(adapter, tmp_path, fault):
+    """By whatever way they are loaded, with the file's name."""
+    damage, message = BROKEN[fault]
+    damage(adapter)
+    for way, said in refusals(adapter, tmp_path).items():
+        (line,) = [line for line in said.splitlines() if line.strip() and "it/s" not in line]
+        assert re.search(message, line), (way, line)
+        assert str(adapter) in line, way
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("wider", r"_proj has in_features \d+ in the adapter and \d+ in the base model, and 13 more layers differ"),
+        ("shorter", "has in_features .* no such layer in the base model, and 6 more layers differ"),
+    ],
+)
+def test_an_adapter_of_another_base_model_is_refused_in_one_line(trained, adapter, tmp_path, base, message):
+    for way, said in refusals(adapter, tmp_path, "--base-model", str(trained / base)).items():
+        (line,) = [line for line in said.splitlines() if line.strip() and "it/s" not in line]
+        assert re.search(message, line), (way, line)
+        for name in (adapter, trained / "base", trained / base):  # the adapter, its own base model, this one
+            assert str(name) in line, way
+
+
+def test_a_torn_base_model_is_named(trained, adapter, tmp_path):
+    base = shutil.copytree(trained / "base", tmp_path / "base")
+    tear(base / "model.safetensors")
+    for said in refusals(adapter, tmp_path, "--base-model", str(base)).values():
+        assert "base_model must be whole" in said
+        assert str(base) in said
+
+
+# --- plain LoRAs ----------------------------------------------------------------------------------------------------
+
+
+def plain_lora(path: Path, tied: bool = True, steps: tuple[str, ...] = STEPS) -> tuple[Path, torch.nn.Module]:
+    """The baseline as the plugin trains it: a resized base model, and the rows of the markers in the adapter."""
+    tokenizer = tiny_tokenizer(steps)
+    tiny_model(tied=tied).save_pretrained(path / "base")
+    base = tiny_model(tied=tied)
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids = ChainCodec(tokenizer, steps).vocabulary.marker_ids
+    tables = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=LINEARS,
+        trainable_token_indices=dict.fromkeys(tables, ids),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "trainable_tokens" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return save_adapter(model, tokenizer, path / "lora", path / "base"), model.eval()
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_plain_lora_trained_on_chains_loads(tmp_path, tied):
+    """Its logits are those of the trained model, the rows of its markers included."""
+    folder, trained = plain_lora(tmp_path, tied)
+    model, tokenizer = load_mote(folder)
+    ids = codec_for(model, tokenizer).encode_question(QUESTION)
+    ids = torch.tensor([[*ids, *codec_for(model, tokenizer).vocabulary.marker_ids]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, trained(ids).logits)
+    for steps in ("adaptive", list(STEPS), "verify"):
+        assert generate_chain(model, tokenizer, QUESTION, steps, max_new_tokens=30).valid
+
+
+def test_the_steps_of_a_plain_lora_are_those_it_was_trained_with(tmp_path):
+    """In their order, whatever other markers the tokenizer knows."""
+    tokenizer = tiny_tokenizer(("think", "response", "analysis"))
+    steps = ("analysis", "response")
+    base = tiny_model(len(tokenizer))
+    base.save_pretrained(tmp_path / "base")
+    ids = ChainCodec(tokenizer, steps).vocabulary.marker_ids
+    model = get_peft_model(base, LoraConfig(target_modules=LINEARS, trainable_token_indices={"embed_tokens": ids}))
+    folder = save_adapter(model, tokenizer, tmp_path / "lora", tmp_path / "base")
+    assert codec_for(*load_mote(folder)).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((), "tokenizer must hold the markers that the LoRA was trained with"),
+        (("plan", "draft", "think", "response"), "tokenizer must hold the markers that the LoRA was trained with"),
+    ],
+)
+def test_a_plain_lora_with_another_tokenizer_is_refused(tmp_path, steps, message):
+    folder, _ = plain_lora(tmp_path, steps=("analysis", "answer"))
+    tokenizer = tiny_tokenizer(steps)
+    if steps:  # the trained ids now spell an end and other starts
+        change_config(folder, trainable_token_indices={"embed_tokens": [260, 261, 263]})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=message):
+        load_mote(folder)
+
+
+def test_a_lora_without_markers_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer(())
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=LINEARS))
+    folder = save_adapter(model, tokenizer, tmp_path / "lora", tmp_path / "base")
+    with pytest.raises(ValueError, match="must hold step markers"):
+        load_mote(folder)
+
+
+def test_generate_writes_the_same_columns_for_a_plain_lora(trained, tmp_path):
+    folder, _ = plain_lora(tmp_path)
+    (tmp_path / "q.jsonl").write_text('{"prompt": "?"}\n')
+    written = []
+    for adapter in (folder, trained / "adapter"):
+        files = ["--input", str(tmp_path / "q.jsonl"), "--output", str(tmp_path / f"{adapter.name}.jsonl")]
+        result = CliRunner().invoke(
+            main, ["generate", "--adapter", str(adapter), *files, "--steps", "all", "--max-new-tokens", "30"]
+        )
+        assert result.exit_code == 0, result.output
+        rows = [json.loads(line) for line in (tmp_path / f"{adapter.name}.jsonl").read_text().splitlines()]
+        written.append([(row["mode"], list(row), row["valid"]) for row in rows])
+    assert written[0] == written[1]
+
+
+def test_a_plain_lora_is_not_exported(tmp_path):
+    folder, _ = plain_lora(tmp_path)
+    with pytest.raises(ValueError, match="adapter must have peft_type MOTE; got LORA at"):
+        export_adapter(folder, tmp_path / "exported")
