@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv model quickstart test test-fast check format docs docs-site tutorial bench gpu-bench decode-bench \
-        server-bench build-bench options-bench stats-bench gpu-check compat package selfalign clean
+        server-bench build-bench options-bench gpu-session stats-bench gpu-check compat package selfalign clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ bench: $(MODEL)/config.json ## Training step on the CPU: MoTE beside plain LoRA 
 
 gpu-bench: $(STAMP) ## The same on one GPU at the shape of Llama-3.1-8B (random weights)
 	$(BIN)/python tests/bench/train_step.py --device cuda $(ARGS)
+
+gpu-session: ## On a machine with a GPU: all checks and benchmarks in under 10 minutes, into outputs/gpu/results.json
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) tests/bench/gpu_session.py $(ARGS)
 
 gpu-check: $(STAMP) ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -192,7 +192,7 @@ class MoteModel(LoraModel):
             *args: The model's own.
             targets: Shifted labels, shape (B, T). With them no logits are returned: the output's ``loss`` holds the
                 negative log-likelihood of every target, shape (B, T), computed in chunks of tokens.
-            scored: The columns that have a target, from ``scored_positions``, shape (B, K): the head runs on no others.
+            scored: The tokens that have a target, from ``scored_positions``, shape (N,): the head runs on no others.
             **kwargs: The model's own, and ``step_ids``.
         """
         if targets is None:

@@ -25,24 +25,21 @@ def shift(tokens: Tensor, fill: int) -> Tensor:
 
 
 def scored_positions(labels: Tensor, multiple: int = 64) -> Tensor:
-    """Columns whose next token has a label: the head and the loss need to run on no others.
+    """Tokens whose next token has a label: the head and the loss need to run on no others.
 
-    Computed where the labels are, on the CPU, the number of columns K costs no synchronization with a device.
+    Computed where the labels are, on the CPU, the number of tokens N costs no synchronization with a device.
 
     Args:
         labels: Labels, shape (B, T); -100 is ignored.
-        multiple: K is a multiple of this (or T), so that few different shapes occur.
+        multiple: N is a multiple of this, so that few different shapes occur.
 
     Returns:
-        Columns, shape (B, K), int64, ascending; rows with fewer are filled up with the last column, which predicts
-        nothing. Example: labels [[-100, 7, -100, 8]] and multiple 1 give [[0, 2]].
+        Positions among the B * T tokens, shape (N,), int64, ascending, filled up with the very last token, which
+        predicts nothing. Example: labels [[-100, 7], [-100, 8]] and multiple 1 give [0, 2].
     """
-    length = labels.shape[1]
-    scored = shift(labels, IGNORE_INDEX) != IGNORE_INDEX
-    count = max(1, int(scored.sum(1).max()))
-    columns = torch.arange(length, device=labels.device).expand_as(labels)
-    ordered = torch.where(scored, columns, length - 1).sort(1).values
-    return ordered[:, : min(length, -(-count // multiple) * multiple)]
+    scored = (shift(labels, IGNORE_INDEX) != IGNORE_INDEX).flatten().nonzero().flatten()
+    missing = -len(scored) % multiple if len(scored) else multiple
+    return F.pad(scored, (0, missing), value=labels.numel() - 1)
 
 
 def token_weights(targets: Tensor, target_steps: Tensor, step_weights: Sequence[float]) -> Tensor:
@@ -114,15 +111,15 @@ def token_losses(
         head: (N, D) -> logits (N, V).
         vocab_size: V, for the chunk size.
         chunked: Hold the logits of at most ``chunk_size`` tokens; False calls the head once, on all tokens.
-        scored: Run on these columns alone, from ``scored_positions``, shape (B, K); None means on all.
+        scored: Run on these tokens alone, from ``scored_positions``, shape (N,); None means on all.
 
     Returns:
         Losses, shape (B, T), float32.
     """
     if scored is not None:
-        chosen = hidden.gather(1, scored.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        losses = token_losses(chosen, targets.gather(1, scored), head, vocab_size, chunked)
-        return torch.zeros(targets.shape, device=losses.device).scatter(1, scored, losses)
+        chosen = hidden.flatten(0, 1).index_select(0, scored).unsqueeze(0)
+        losses = token_losses(chosen, targets.flatten()[scored].unsqueeze(0), head, vocab_size, chunked)[0]
+        return torch.zeros(targets.numel(), device=losses.device).scatter(0, scored, losses).view_as(targets)
     flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
     chunk = chunk_size(vocab_size)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from axolotl_mote.chain.steps import IGNORE_INDEX
 from axolotl_mote.chain.vocabulary import StepVocabulary
@@ -23,14 +24,14 @@ Batch = dict[str, Any]
 
 
 class ScoredCollator:
-    """A collator whose batches also hold ``scored``, the columns that the head runs on, shape (B, K)."""
+    """A collator whose batches also hold ``scored``, the tokens that the head runs on, shape (N,)."""
 
     def __init__(self, collate: Callable[[Any], Batch]) -> None:
         self.collate = collate
         self.tokenizer = getattr(collate, "tokenizer", None)  # the trainer saves it
 
     def __call__(self, features: Any) -> Batch:
-        """Collate, then find the columns while the labels are still on the CPU."""
+        """Collate, then find the tokens while the labels are still on the CPU."""
         batch = self.collate(features)
         batch["scored"] = scored_positions(batch["labels"])
         return batch
@@ -56,7 +57,8 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._mote = mote_model(self.model)
-        if self._mote is not None:
+        # accelerate cuts the batches of streamed data into one part per process, row by row.
+        if self._mote is not None and not isinstance(self.train_dataset, IterableDataset):
             self.data_collator = ScoredCollator(self.data_collator)
             self.train_data_collator = self.data_collator
             if self.eval_data_collator is not None:

@@ -1,23 +1,29 @@
 """Time of one training step: MoTE beside plain LoRA, axolotl's fused kernels and the usual ways to run several LoRAs.
 
-    python tests/bench/train_step.py                                    # CPU: SmolLM2, 2 x 256 tokens, float32
+    python tests/bench/train_step.py                                    # CPU: SmolLM2, 2 real chains, float32
     python tests/bench/train_step.py --device cuda --json > step.json   # Llama-3.1-8B shape, 8,192 packed tokens, bf16
     python tests/bench/train_step.py --size tiny --layout packed --checkpointing      # the GPU's path, on any machine
 
-What is timed: forward, loss and backward. No optimizer, no data loading. The loss is the same for all: the decoder's
-hidden states go through our `token_losses` (chunks of tokens), also for plain LoRA and for axolotl's kernels, so that
-the adapter is what differs. Adapters have the dtype of the base model. Every variant sees the same tokens; markers are
-the last rows of the vocabulary, which exist in the table. MoTE trains rows of its own for them and pays for it here;
-plain LoRA does not train them.
+What is timed: forward, loss and backward. No optimizer, no data loading. On the CPU the tokens are real chains, two a
+step and another two every round, padded as axolotl pads them; a GPU gets random chains of the same make. Every variant
+sees the same tokens. Adapters have the dtype of the base model.
+
+Which loss: plain LoRA gets what its users run, the model's own loss over all logits (`labels` passed to the model);
+`peft_lora_r64_scored` gets ours, `token_losses` on the scored positions, so that beside it only the adapter differs.
+MoTE runs what its training runs. axolotl's kernels get `token_losses` on all positions: chunks, as a fused loss has
+them. MoTE trains rows of its own for the markers and pays for it here; plain LoRA does not train them, and its table
+ends before them, as a base model's does.
 
 How: the frozen base weights exist once and every variant's model refers to them, so all variants fit side by side. They
 take turns round by round (A B C, C B A, ...), and the ratios are medians over rounds of the ratio within a round, so
-that what else the machine does hits all alike. Memory is what one step of a variant needs on its own: frozen weights,
-its adapter, and the peak above them. It is told on a GPU only: on the CPU the allocator keeps what
-earlier steps freed, and the resident size tells nothing.
+that what else the machine does hits all alike; quartiles show the spread. On the CPU the default is one thread, whose
+CPU time is counted: waiting for a busy machine does not count. Memory on a GPU is what one step of a variant needs on
+its own: frozen weights, its adapter, and the peak above them. On the CPU it is the peak of the tensors that one step
+allocates, as the profiler counts them: the resident size tells nothing, since the allocator keeps what earlier steps
+freed.
 
-`expanded` is the paper's alternative to step dropout: the seven chains that a row stands for, as ordinary rows through
-MoTE without step dropout. Its time is that of all seven, for the same original rows as everywhere else.
+`expanded` is the paper's alternative to step dropout: the up to seven chains that a row stands for, as ordinary rows
+through MoTE without step dropout. Its time is that of all of them, for the same original rows as everywhere else.
 """
 
 from __future__ import annotations
@@ -40,36 +46,46 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from baselines import MaskedLoras, TokenRouter, axolotl_kernels, replace_linears
+from batches import (
+    STEPS,
+    Batch,
+    document_lengths,
+    expanded_rows,
+    full_rows,
+    in_groups,
+    packed,
+    packed_up_to,
+    padded,
+    random_documents,
+    real_documents,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from axolotl_mote.chain.steps import IGNORE_INDEX
 from axolotl_mote.model.adapter import add_mote_adapter, mote_model
 from axolotl_mote.model.config import MoteConfig
-from axolotl_mote.model.loss import shift, token_losses
+from axolotl_mote.model.loss import chunk_size, token_losses
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ["analysis", "guidance", "response"]
-SHARES = (0.23, 0.17, 0.10, 0.50)  # question and steps by tokens, measured on the full seed chains
+MODEL = ROOT / "models/SmolLM2-135M-Instruct"
+CHAINS = ROOT / "example_configs/data/seed_chains.jsonl"
 DROPOUT = (0.3, 0.3)
 RANK = 16  # of one expert; four of them make 64
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FULL = (1, 2, 3)
-EXPANDED = ((1,), (1, 2), (2,), (2, 3), (3,), (1, 3), FULL)
-"""The steps that follow the question in the paper's data sets: (x, x_a), (x, x_a, x_g), ..., (x, x_a, x_g, A)."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model and the tokens of one step; a model without `shape` is read from `models/`."""
+    """A model and the tokens of one step; without `shape` the model is read from `models/`, and the chains are real."""
 
     shape: dict[str, Any] | None
     tokens: int
-    """Of one row; a packed batch is one row."""
+    """Of one row; a packed batch is one row. Real chains have their own lengths."""
     rows: int
     """Documents, one a row unless packed."""
     layout: str
@@ -90,69 +106,6 @@ SIZES = {
 }  # fmt: skip
 
 
-# --- tokens ---------------------------------------------------------------------------------------------------------
-
-Document = tuple[Tensor, ...]
-"""Question, analysis, guidance, response; the steps with their markers."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch; position_ids are None where every row is one document."""
-
-    input_ids: Tensor
-    targets: Tensor
-    position_ids: Tensor | None
-
-
-def make_documents(lengths: list[int], vocab: int, marker_ids: list[int]) -> list[Document]:
-    """Random full chains of these lengths."""
-    generator = torch.Generator().manual_seed(0)
-    documents = []
-    for length in lengths:
-        sizes = [max(3, round(share * length)) for share in SHARES[:-1]]
-        parts = torch.randint(3, vocab - 6, (length,), generator=generator).split([*sizes, length - sum(sizes)])
-        for part, start, end in zip(parts[1:], marker_ids[0::2], marker_ids[1::2], strict=True):
-            part[0], part[-1] = start, end
-        documents.append(parts)
-    return documents
-
-
-def document_lengths(tokens: int, count: int) -> list[int]:
-    """Uneven lengths that add up: half of the tokens evenly, half at random."""
-    cuts = torch.rand(count, generator=torch.Generator().manual_seed(1))
-    lengths = (tokens / count / 2 + cuts / cuts.sum() * tokens / 2).long()
-    lengths[-1] += tokens - lengths.sum()
-    return cast("list[int]", lengths.tolist())
-
-
-def row_of(document: Document, steps: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Tokens and labels of the chain that holds only these steps."""
-    ids = torch.cat([document[0], *(document[step] for step in steps)])
-    labels = ids.clone()
-    labels[: len(document[0])] = IGNORE_INDEX
-    return ids, labels
-
-
-def make_batches(rows: list[tuple[Tensor, Tensor]], packed: bool, limit: int, device: str) -> list[Batch]:
-    """Rows of one length stacked as they come, or packed into sequences of at most ``limit`` tokens; never padded."""
-    groups: list[list[tuple[Tensor, Tensor]]] = []
-    for row in rows:
-        together = groups[-1] if groups else []
-        fits = sum(len(ids) for ids, _ in together) + len(row[0]) <= limit
-        same = bool(together) and len(together[0][0]) == len(row[0])
-        if not together or not (fits if packed else same):
-            groups.append([])
-        groups[-1].append(row)
-    batches = []
-    for group in groups:
-        ids, labels = ([row[part] for row in group] for part in (0, 1))
-        join = (lambda parts: torch.cat(parts).unsqueeze(0)) if packed else torch.stack
-        positions = join([torch.arange(len(one)) for one in ids]).to(device) if packed else None
-        batches.append(Batch(join(ids).to(device), shift(join(labels), IGNORE_INDEX).to(device), positions))
-    return batches
-
-
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -163,8 +116,9 @@ class Bench:
     options: argparse.Namespace
     base: PreTrainedModel
     marker_ids: list[int]
-    batches: list[Batch] = field(default_factory=list)
-    expanded: list[Batch] = field(default_factory=list)
+    steps: list[list[Batch]] = field(default_factory=list)
+    """The micro-batches of the first step, the second, ...; rounds go through them again and again."""
+    expanded: list[list[Batch]] = field(default_factory=list)
 
     @property
     def plain_attention(self) -> str:
@@ -187,22 +141,29 @@ def load_bench(options: argparse.Namespace) -> Bench:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     torch.manual_seed(0)
     if size.shape is None:
-        base = AutoModelForCausalLM.from_pretrained(ROOT / "models/SmolLM2-135M-Instruct", dtype=dtype)
+        base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype)
         base = base.to(options.device)
     else:
         with torch.device(options.device):
             base = AutoModelForCausalLM.from_config(LlamaConfig(**size.shape), dtype=dtype)
     base.requires_grad_(False)
     base.config.use_cache = False
-    vocab = base.config.vocab_size
-    bench = Bench(options, base, list(range(vocab - 6, vocab)))
-    packed = options.layout == "packed"
-    lengths = document_lengths(size.tokens, size.rows) if packed else [size.tokens] * size.rows
-    documents = make_documents(lengths, vocab, bench.marker_ids)
-    bench.batches = make_batches([row_of(one, FULL) for one in documents], packed, size.tokens, options.device)
-    # Document by document when packed, step pattern by step pattern otherwise: rows of one length stand together.
-    pairs = itertools.product(documents, EXPANDED) if packed else ((d, s) for s in EXPANDED for d in documents)
-    bench.expanded = make_batches([row_of(*pair) for pair in pairs], packed, size.tokens, options.device)
+    vocab, is_packed = base.config.vocab_size, options.layout == "packed"
+    if size.shape is None:
+        documents, marker_ids = real_documents(MODEL, CHAINS)
+    else:
+        marker_ids = list(range(vocab - 6, vocab))
+        lengths = document_lengths(size.tokens, size.rows) if is_packed else [size.tokens] * size.rows
+        documents = random_documents(lengths, vocab, marker_ids)
+    bench = Bench(options, base, marker_ids)
+    for group in in_groups(documents, size.rows):
+        rows, expanded = full_rows(group), expanded_rows(group)
+        if is_packed:
+            batches = [[packed(rows)], packed_up_to(expanded, sum(len(ids) for ids, _ in rows))]
+        else:
+            batches = [[padded(part) for part in in_groups(kind, size.rows)] for kind in (rows, expanded)]
+        bench.steps.append([batch.to(options.device) for batch in batches[0]])
+        bench.expanded.append([batch.to(options.device) for batch in batches[1]])
     return bench
 
 
@@ -256,25 +217,29 @@ class Spec:
     """How a variant is built, and where it cannot run."""
 
     build: Callable[[Bench], PeftModel]
+    loss: str = "mote"
+    """Of plain LoRA: `model` is the model's own, `all` ours on all positions, `scored` ours on the scored ones."""
     compiled: bool = False
     expanded: bool = False
     needs_cuda: str = ""
     """Why the variant needs a GPU; empty where it does not."""
-    needs_package: str = ""
+    needs_packages: tuple[str, ...] = ()
 
 
 NO_BACKWARD = "flex_attention has no backward on the CPU"
 SPECS = {
-    "peft_lora_r16": Spec(peft_lora(16)),
-    "peft_lora_r32": Spec(peft_lora(32)),
-    "peft_lora_r64": Spec(peft_lora(64)),
+    "peft_lora_r16": Spec(peft_lora(16), "model"),
+    "peft_lora_r32": Spec(peft_lora(32), "model"),
+    "peft_lora_r64": Spec(peft_lora(64), "model"),
+    "peft_lora_r64_scored": Spec(peft_lora(64), "scored"),
     "mote": Spec(mote()),
-    "peft_lora_r64_compiled": Spec(peft_lora(64), compiled=True),
+    "peft_lora_r64_compiled": Spec(peft_lora(64), "model", compiled=True),
     "mote_compiled": Spec(mote(), compiled=True),
     "axolotl_kernels_r64_liger": Spec(
         lambda bench: axolotl_kernels(peft_lora(64)(bench)),
+        "all",
         needs_cuda="axolotl's and Liger's kernels are Triton programs for a GPU",
-        needs_package="liger_kernel",
+        needs_packages=("axolotl", "liger_kernel"),
     ),
     "mote_dropout_flex_compiled": Spec(mote("flex_attention"), compiled=True, needs_cuda=NO_BACKWARD),
     "mote_dropout_dense": Spec(mote("sdpa")),
@@ -284,7 +249,7 @@ SPECS = {
         mote("mote_varlen"), compiled=True, needs_cuda="the CPU has only a reference loop for it"
     ),
     "mote_dropout_varlen_fa2": Spec(
-        mote("flash_attention_2"), needs_cuda="flash-attn needs a GPU", needs_package="flash_attn"
+        mote("flash_attention_2"), needs_cuda="flash-attn needs a GPU", needs_packages=("flash_attn",)
     ),
     "masked_loras": Spec(lambda bench: replace_linears(mote()(bench), MaskedLoras)),
     "token_router": Spec(lambda bench: replace_linears(mote()(bench), TokenRouter)),
@@ -296,19 +261,26 @@ def reason_to_skip(spec: Spec, device: str) -> str | None:
     """Why a variant cannot run here, or None."""
     if spec.needs_cuda and device != "cuda":
         return spec.needs_cuda
-    if spec.needs_package and importlib.util.find_spec(spec.needs_package) is None:
-        return f"{spec.needs_package} is not installed"
-    return None
+    missing = [name for name in spec.needs_packages if importlib.util.find_spec(name) is None]
+    return f"not run: {', '.join(missing)}" if missing else None
 
 
-def losses(model: PeftModel, batch: Batch, routed: bool) -> Tensor:
-    """Negative log-likelihood of every target, (B, T), by the one path that all variants share."""
-    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-    if routed:
-        return cast(Tensor, model(**inputs, targets=batch.targets).loss)
+def total_loss(model: PeftModel, batch: Batch, loss: str) -> Tensor:
+    """Sum of the losses of all targets, a scalar, by one of the ways of ``Spec.loss``; ``mote`` is that of training."""
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+    }
+    if loss == "mote":
+        return cast(Tensor, model(**inputs, targets=batch.targets, scored=batch.scored).loss.sum())
     causal: Any = model.get_base_model()
+    if loss == "model":  # a count of one makes it the sum, as in training, where the count is that of all batches
+        return cast(Tensor, model(**inputs, labels=batch.labels, num_items_in_batch=1).loss)
     hidden = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    return token_losses(hidden, batch.targets, causal.get_output_embeddings(), causal.config.vocab_size)
+    scored = batch.scored if loss == "scored" else None
+    head = causal.get_output_embeddings()
+    return token_losses(hidden, batch.targets, head, causal.config.vocab_size, scored=scored).sum()
 
 
 @dataclass
@@ -317,25 +289,28 @@ class Variant:
 
     name: str
     model: PeftModel
-    batches: list[Batch]
+    loss: str
+    steps: list[list[Batch]]
     memory: float | None = None
     times: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tuner = mote_model(self.model)
+        self.batches = self.steps[0]
 
-    def prepare(self, round_number: int) -> None:
+    def prepare(self, number: int) -> None:
         """What happens between two steps and is not timed."""
+        self.batches = self.steps[number % len(self.steps)]
         for parameter in self.model.parameters():
             parameter.grad = None
         if self.tuner is not None:
-            self.tuner.routing.step = round_number  # other steps are dropped in every round
+            self.tuner.routing.step = number  # other steps are dropped in every round
 
     def step(self) -> None:
         """Forward, loss and backward of all micro-batches."""
         total = sum(batch.input_ids.numel() for batch in self.batches)
         for batch in self.batches:
-            (losses(self.model, batch, self.tuner is not None).sum() / total).backward()
+            (total_loss(self.model, batch, self.loss) / total).backward()
 
 
 def build_variant(name: str, bench: Bench) -> Variant:
@@ -344,24 +319,31 @@ def build_variant(name: str, bench: Bench) -> Variant:
     if spec.compiled:
         for layer in cast(Any, model.get_base_model()).get_decoder().layers:
             layer.compile(backend=options.compile_backend)
-    return Variant(name, model, bench.expanded if spec.expanded else bench.batches)
+    steps = bench.expanded if spec.expanded else bench.steps
+    if spec.loss != "mote":
+        steps = [[batch.below(bench.base.config.vocab_size) for batch in batches] for batches in steps]
+    return Variant(name, model, spec.loss, steps)
 
 
 @torch.no_grad()
-def check_masked_loras() -> float:
-    """Refuse to time a baseline that computes something else: masked LoRAs must give MoTE's losses.
+def check_baselines() -> float:
+    """Refuse to time a baseline that computes something else.
+
+    Masked LoRAs must give MoTE's loss and plain LoRA another one, by whichever of the three ways it is computed.
 
     Returns:
-        Largest difference of a token's loss on a tiny packed batch in float32.
+        Relative difference between the losses of masked LoRAs and MoTE, on a tiny packed batch in float32.
     """
     bench = load_bench(argparse.Namespace(size="tiny", device="cpu", layout="packed", checkpointing=False))
-    gated, masked = mote()(bench), replace_linears(mote()(bench), MaskedLoras)
-    plain = peft_lora(16)(bench)
-    batch = bench.batches[0]
-    expected = losses(gated, batch, True)
-    difference = float((losses(masked, batch, True) - expected).abs().max())
-    if not difference <= 1e-4 or float((losses(plain, batch, False) - expected).abs().max()) <= 1e-4:
-        raise RuntimeError(f"masked_loras must equal mote, and plain LoRA must not; losses differ by {difference}.")
+    gated, masked, plain = mote()(bench), replace_linears(mote()(bench), MaskedLoras), peft_lora(16)(bench)
+    batch = bench.steps[0][0]
+    expected, got = (float(total_loss(model, batch, "mote")) for model in (gated, masked))
+    difference = abs(got / expected - 1)
+    ways = [float(total_loss(plain, batch, way)) for way in ("model", "all", "scored")]
+    if not difference <= 1e-5 or abs(ways[0] / expected - 1) <= 1e-5:
+        raise RuntimeError(f"masked_loras must equal mote, and plain LoRA must not; got {got}, {expected}, {ways[0]}.")
+    if max(ways) - min(ways) > 1e-5 * ways[0]:
+        raise RuntimeError(f"plain LoRA must have one loss, however it is computed; got {ways}.")
     return difference
 
 
@@ -369,7 +351,7 @@ def check_masked_loras() -> float:
 
 
 def milliseconds(work: Callable[[], None], device: str) -> float:
-    """Time of one call, by events on a GPU."""
+    """Time of one call: by events on a GPU; CPU time where there is one thread, wall time otherwise."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -378,18 +360,25 @@ def milliseconds(work: Callable[[], None], device: str) -> float:
         end.record()
         torch.cuda.synchronize()
         return float(start.elapsed_time(end))
-    before = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    before = clock()
     work()
-    return (time.perf_counter() - before) * 1e3
+    return (clock() - before) * 1e3
 
 
 def measure_memory(variant: Variant, bench: Bench) -> None:
-    """Run one step; on a GPU note its memory as if the variant were alone: frozen weights, adapter, peak above them."""
-    variant.prepare(0)
-    if bench.options.device != "cuda":
-        variant.step()
-        return
+    """Run the longest step and note its memory in GiB; on a GPU with the frozen weights, as if it were alone."""
+    sizes = [sum(batch.input_ids.numel() for batch in batches) for batches in variant.steps]
+    variant.prepare(sizes.index(max(sizes)))
     gc.collect()
+    if bench.options.device != "cuda":
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            variant.step()
+        # The public events leave out what an operator allocates.
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        variant.memory = max(itertools.accumulate(event.nbytes() for event in events)) / 2**30
+        return
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     variant.step()
@@ -399,8 +388,8 @@ def measure_memory(variant: Variant, bench: Bench) -> None:
     variant.memory = (own + torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def matmul_floor(bench: Bench) -> tuple[Callable[[], None], str]:
-    """The frozen matrix products alone, as a job to time, and the formula in words.
+def matmul_floor(bench: Bench) -> tuple[Callable[[int], None], str]:
+    """The frozen matrix products of a round alone, as a job to time, and the formula in words.
 
     For every frozen linear layer W of the decoder: x W^T forward, once more if activations are recomputed, and g W for
     the gradient of its input. The head likewise; it is recomputed where the loss runs in chunks.
@@ -408,19 +397,20 @@ def matmul_floor(bench: Bench) -> tuple[Callable[[], None], str]:
     base: Any = bench.base
     weights = [module.weight for module in base.get_decoder().layers.modules() if isinstance(module, nn.Linear)]
     head = base.get_output_embeddings().weight
-    tokens = sum(batch.input_ids.numel() for batch in bench.batches)
+    tokens = [sum(batch.input_ids.numel() for batch in batches) for batches in bench.steps]
     forwards = 2 if bench.options.checkpointing else 1
-    head_forwards = 2 if tokens > max(256, 2**27 // base.config.vocab_size) else 1
+    head_forwards = 2 if max(tokens) > chunk_size(base.config.vocab_size) else 1
     jobs = [(weight, forwards) for weight in weights] + [(head, head_forwards)]
     widths = {width for weight, _ in jobs for width in weight.shape}
-    rows = {width: torch.randn(tokens, width, device=head.device, dtype=head.dtype) for width in widths}
+    rows = {width: torch.randn(max(tokens), width, device=head.device, dtype=head.dtype) for width in widths}
 
     @torch.no_grad()
-    def work() -> None:
+    def work(number: int) -> None:
+        count = tokens[number % len(tokens)]
         for weight, times in jobs:
             for _ in range(times):
-                F.linear(rows[weight.shape[1]], weight)
-            rows[weight.shape[0]] @ weight
+                F.linear(rows[weight.shape[1]][:count], weight)
+            rows[weight.shape[0]][:count] @ weight
 
     formula = f"{forwards} forward + 1 input gradient per decoder linear, {head_forwards} + 1 for the head"
     return work, formula
@@ -447,7 +437,9 @@ And a variant that silently fell back to eager would be worse than an error."""
 @torch._dynamo.config.patch(COMPILER)
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> Result:
     """Build, warm up, then let the variants take turns."""
-    difference = check_masked_loras()
+    difference = check_baselines()
+    if options.device == "cpu" and options.threads:
+        torch.set_num_threads(options.threads)
     bench = load_bench(options)
     work, formula = matmul_floor(bench)
     variants: list[Variant] = []
@@ -467,22 +459,29 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> Result:
     floor = []
     for number in range(options.rounds):
         for variant in variants if number % 2 == 0 else variants[::-1]:
-            variant.prepare(options.warmup + number)
+            variant.prepare(number)
             variant.times.append(milliseconds(variant.step, options.device))
             variant.prepare(0)  # gradients go before the next one's turn
-        floor.append(milliseconds(work, options.device))
+        floor.append(milliseconds(lambda number=number: work(number), options.device))  # type: ignore[misc]
         took = ", ".join(f"{variant.name} {variant.times[-1]:,.0f}" for variant in variants)
         say(f"round {number + 1} of {options.rounds}, ms: {took}")  # so that a run cut short is not lost
-    tokens, expanded = (sum(b.input_ids.numel() for b in batches) for batches in (bench.batches, bench.expanded))
+    tokens, expanded = (
+        sum(b.input_ids.numel() for step in steps for b in step) for steps in (bench.steps, bench.expanded)
+    )
     new_graphs = counters["stats"]["unique_graphs"] - graphs
     return Result(variants, skipped, floor, formula, new_graphs, expanded / tokens, difference)
 
 
 def warm_up(variant: Variant, bench: Bench) -> Variant:
     """Run until everything is compiled and cached, then once more for the memory."""
-    for number in range(bench.options.warmup):
-        variant.prepare(number)
-        variant.step()
+    for _ in range(bench.options.warmup):
+        seen: set[tuple[int, ...]] = set()
+        for number, batches in enumerate(variant.steps):
+            shapes = {batch.shape for batch in batches}
+            if not shapes <= seen and (SPECS[variant.name].compiled or not seen):
+                variant.prepare(number)
+                variant.step()
+            seen |= shapes
     measure_memory(variant, bench)
     variant.prepare(0)
     return variant
@@ -491,28 +490,39 @@ def warm_up(variant: Variant, bench: Bench) -> Variant:
 # --- printing -------------------------------------------------------------------------------------------------------
 
 
-def ratio(variants: list[Variant], name: str, to: str) -> float | None:
-    """Median over rounds of the ratio within a round."""
+def ratio(variants: list[Variant], name: str, to: str) -> tuple[float, float, float] | None:
+    """Lower quartile, median and upper quartile over rounds of the ratio within a round."""
     times = {variant.name: variant.times for variant in variants}
     if name not in times or to not in times:
         return None
-    return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
+    ratios = [a / b for a, b in zip(times[name], times[to], strict=True)]
+    if len(ratios) == 1:
+        return (ratios[0],) * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, middle, high
 
 
-REFERENCES = ("peft_lora_r64", "mote", "peft_lora_r64_compiled", "axolotl_kernels_r64_liger")
+REFERENCES = ("peft_lora_r64", "peft_lora_r64_scored", "peft_lora_r64_compiled", "mote", "axolotl_kernels_r64_liger")
 
 
 def table(result: Result, title: str) -> Table:
     references = [name for name in REFERENCES if name in {variant.name for variant in result.variants}]
     out = Table(title=title, title_justify="left", caption_justify="left")
     out.add_column("variant", no_wrap=True)
-    for column in ("median ms", "min ms", "max ms", "GiB", *(f"x {name}" for name in references)):
+    for column in (
+        "median ms",
+        "min ms",
+        "max ms",
+        "GiB",
+        *(f"x {name.removeprefix('peft_lora_')}" for name in references),
+    ):
         out.add_column(column, justify="right")
     for variant in result.variants:
         numbers = (statistics.median(variant.times), min(variant.times), max(variant.times))
         memory = "-" if variant.memory is None else f"{variant.memory:.2f}"
-        ratios = (ratio(result.variants, variant.name, name) for name in references)
-        out.add_row(variant.name, *(f"{n:,.1f}" for n in numbers), memory, *(f"{r:.3f}" for r in ratios if r))
+        found = [ratio(result.variants, variant.name, name) for name in references]
+        ratios = [f"{middle:.3f} ({low:.2f}-{high:.2f})" for low, middle, high in filter(None, found)]
+        out.add_row(variant.name, *(f"{n:,.1f}" for n in numbers), memory, *ratios)
     return out
 
 
@@ -528,17 +538,20 @@ def as_json(result: Result, options: argparse.Namespace, machine: str) -> dict[s
         for variant in result.variants
     ]
     names = [variant.name for variant in result.variants]
-    ratios = {to: {name: ratio(result.variants, name, to) for name in names} for to in REFERENCES if to in names}
+    found = {to: {name: ratio(result.variants, name, to) for name in names} for to in REFERENCES if to in names}
+    ratios = {to: {name: three[1] for name, three in of.items() if three} for to, of in found.items()}
+    quartiles = {to: {name: [three[0], three[2]] for name, three in of.items() if three} for to, of in found.items()}
     return {
         "device": "cpu" if options.device == "cpu" else torch.cuda.get_device_name(),
         "rows": rows,
         "skipped": result.skipped,
         "ratios": ratios,
+        "quartiles": quartiles,
         "matmul_floor_ms": statistics.median(result.floor),
         "matmul_floor_formula": result.floor_formula,
         "expanded_token_ratio": result.token_ratio,
         "graphs_compiled_while_timing": result.new_graphs,
-        "masked_loras_largest_difference": result.masked_difference,
+        "masked_loras_relative_difference": result.masked_difference,
         "machine": machine,
         "size": options.size,
         "layout": options.layout,
@@ -561,9 +574,11 @@ def describe_machine(device: str) -> str:
 
 def show(result: Result, options: argparse.Namespace, machine: str, console: Console) -> None:
     size = SIZES[options.size]
-    tokens = f"{size.tokens} packed tokens of {size.rows} documents"
-    if options.layout == "rows":
-        tokens = f"{size.rows} x {size.tokens} tokens"
+    tokens = f"{size.rows} chains of {size.tokens} tokens"
+    if size.shape is None:
+        tokens = f"{size.rows} real chains a step, {options.layout}"
+    elif options.layout == "packed":
+        tokens = f"{size.tokens} packed tokens of {size.rows} chains"
     saved = "gradient checkpointing" if options.checkpointing else "no gradient checkpointing"
     console.print(table(result, f"{options.size}, {tokens}, {saved}, {options.rounds} rounds\n{machine}"))
     for name, reason in result.skipped.items():
@@ -571,7 +586,7 @@ def show(result: Result, options: argparse.Namespace, machine: str, console: Con
     console.print(f"matmul floor: {statistics.median(result.floor):,.1f} ms ({result.floor_formula})")
     console.print(f"expanded: {result.token_ratio:.2f} times the tokens of one pass")
     console.print(f"graphs compiled while timing: {result.new_graphs}")
-    console.print(f"masked_loras and mote: largest difference of a token's loss {result.masked_difference:.1e}")
+    console.print(f"masked_loras and mote: relative difference of the loss {result.masked_difference:.1e}")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -580,7 +595,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), help="default: smollm2 on the CPU, llama-3.1-8b on cuda")
     parser.add_argument("--layout", choices=["rows", "packed"], help="default: as the size has it")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: as the size has it")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU; 0: as torch has it; default: 1")
+    parser.add_argument("--rounds", type=int, default=13, help="default: 13, on the CPU every chain once")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--variants", default=",".join(SPECS), help="comma-separated; default: all")
     parser.add_argument("--compile-backend", default="inductor")
