@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
@@ -17,16 +18,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 REPO = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True)
-def plain_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No colors, whatever the machine asks for and whatever an earlier test left behind.
+class PlainEnvironment(Mapping[str, str]):
+    """The environment as rich shall see it in the tests: without colors, whatever the machine asks for.
 
     rich keeps the environment that it saw first, and ``datasets.map`` with several processes puts a copy in its place,
-    which later changes do not reach.
+    which later changes do not reach. This one looks anew each time.
     """
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("rich.console.Console._environ", os.environ)
+
+    colors = frozenset({"FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLORTERM"})
+
+    def __getitem__(self, name: str) -> str:
+        if name in self.colors:
+            raise KeyError(name)
+        return os.environ[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in os.environ if name not in self.colors)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+Console._environ = PlainEnvironment()
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session")

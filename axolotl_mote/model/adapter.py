@@ -245,12 +245,12 @@ def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *
     if not given and state_dict:  # the base model's weights alone
         return
     for adapter, config in module.peft_config.items():
-        expected = {name: _shape(tensor) for name, tensor in own.items() if _belongs_to(name, adapter)}
+        expected = {name: tensor for name, tensor in own.items() if _belongs_to(name, adapter)}
         got = {name: tuple(tensor.shape) for name, tensor in given.items() if _belongs_to(name, adapter)}
         if given and not got:  # another adapter is loaded
             continue
         missing, unknown = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
-        other = sorted(name for name in expected.keys() & got.keys() if expected[name] != got[name])
+        other = sorted(name for name in expected.keys() & got.keys() if got[name] not in _shapes(expected[name]))
         if not (missing or unknown or other):
             continue
         faults = [
@@ -258,7 +258,7 @@ def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *
             for kind, names, detail in (
                 ("missing", missing, ""),
                 ("unknown", unknown, ""),
-                ("of another shape", other, f": {got[other[0]]} for {expected[other[0]]}" if other else ""),
+                ("of another shape", other, f": {got[other[0]]} for {_shapes(expected[other[0]])[0]}" if other else ""),
             )
             if names
         ]
@@ -274,9 +274,9 @@ def _belongs_to(name: str, adapter: str) -> bool:
     return f".{adapter}." in name.rpartition(LoraModel.prefix)[2]
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of a parameter, also where DeepSpeed ZeRO-3 has partitioned it."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+def _shapes(tensor: Tensor) -> list[tuple[int, ...]]:
+    """Shape of a parameter, and the empty one that it has in ZeRO-3's own checkpoints, which keep values elsewhere."""
+    return [tuple(getattr(tensor, "ds_shape", tensor.shape)), tuple(tensor.shape)]
 
 
 def add_mote_adapter(

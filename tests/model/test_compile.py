@@ -106,13 +106,13 @@ def test_any_batches_take_few_compilations(
 
 
 @torch.no_grad()
-def test_a_limit_that_is_reached_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_that_is_reached_is_reported() -> None:
     torch._dynamo.reset()
     reports: list[str] = []
     model = mote("llama").train()
     compile_layers(model.get_base_model(), backend="eager", on_fallback=reports.append)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    for rows in (1, 2):
-        model(**batch(rows, 40, False, 0))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for rows in (1, 2):
+            model(**batch(rows, 40, False, 0))
     assert reports
     assert "recompile_limit" in reports[0]

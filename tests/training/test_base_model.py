@@ -47,9 +47,13 @@ def test_a_layer_with_attention_of_its_own_is_refused() -> None:
         prepare_base(model, DictDefault({}), (0.3,))
 
 
-def test_compiling_uses_the_options_of_axolotl(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_compiling_uses_the_options_of_axolotl(fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, told = base_model("llama"), []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: told.append(kwargs))
     model.get_base_model = lambda: model
-    compile_layers(model, DictDefault({"torch_compile_backend": "eager", "torch_compile_mode": "max-autotune"}))
-    assert told == [{"backend": "eager", "mode": "max-autotune", "options": None}] * len(model.model.layers)
+    packing = {"sample_packing": True, "pad_to_sequence_len": fixed}
+    compiling = {"torch_compile_backend": "eager", "torch_compile_mode": "max-autotune"}
+    compile_layers(model, DictDefault(packing | compiling))
+    wanted = {"backend": "eager", "mode": "max-autotune", "options": None, "dynamic": None if fixed else True}
+    assert told == [wanted] * len(model.model.layers)
