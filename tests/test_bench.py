@@ -103,9 +103,9 @@ def test_real_chains_are_trained_on_as_training_encodes_them(
     batch = batches.padded(rows[:2])
     assert batch.input_ids.shape[1] % 64 == 0
     assert batch.attention_mask.sum() == sum(len(ids) for ids, _ in rows[:2])
-    scored = torch.zeros_like(batch.targets).scatter(1, batch.scored, 1).bool()
+    scored = torch.zeros_like(batch.targets).flatten().scatter(0, batch.scored, 1).bool().view_as(batch.targets)
     assert not (batch.targets != -100)[~scored].any()
-    assert 0 < batch.scored.shape[1] <= batch.input_ids.shape[1]
+    assert 0 < len(batch.scored) <= batch.input_ids.numel() + 63
     assert int(batch.below(49152).input_ids.max()) == 49151
     patterns = len(batches.expanded_rows(documents))
     assert len(documents) < patterns < 7 * len(documents)  # not every chain holds every step

@@ -62,7 +62,12 @@ class MoteLinear(nn.Module, LoraLayer):
         if self.disable_adapters or not names or names[0] not in self.lora_A:
             return result
         adapter = names[0]
-        gate = cast(Tensor, self.routing.gate)
+        gate = self.routing.gate
+        if gate is None:
+            raise RuntimeError(
+                "The tokens must be routed before a layer runs; got none. Call the model itself, not its decoder or "
+                "its forward method."
+            )
         if x.dim() != 3:  # a model that flattens its tokens before a layer: (B * T, D)
             gate = gate.reshape(*x.shape[:-1], gate.shape[-1])
         lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
@@ -200,9 +205,10 @@ class MoteModel(LoraModel):
         model = cast(RoutedModel, self.model)
         # PEFT passes every argument of its own, such as labels, also as None; decoders do not take them.
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
-        with model.routed(args, kwargs):
+        kwargs = model.by_name(args) | kwargs
+        with model.routed(kwargs):
             decoder = cast(nn.Module, self.model.get_decoder())
-            hidden = decoder(*args, **kwargs, use_cache=False).last_hidden_state
+            hidden = decoder(**kwargs, use_cache=False).last_hidden_state
             model.keep_routing(hidden)
             losses = token_losses(hidden, targets, self._logits, self._vocab_size, self.chunked_loss, scored)
         return CausalLMOutputWithPast(loss=losses)
@@ -240,10 +246,17 @@ def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *
     Raises:
         ValueError: If tensors are missing, unknown or of another shape.
     """
-    own = {prefix + name: tensor for name, tensor in module.named_parameters() if LoraModel.prefix in name}
-    given = {name: tensor for name, tensor in state_dict.items() if LoraModel.prefix in name}
+    state = {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    own = {name: tensor for name, tensor in state.items() if _is_adapters(name)}
+    given = {name: tensor for name, tensor in state_dict.items() if _is_adapters(name)}
     if not given and state_dict:  # the base model's weights alone
         return
+    base = state_dict.keys() - given.keys()
+    if base and base < state.keys() - own.keys():
+        raise ValueError(
+            f"an adapter must hold no tensors of its base model; got {len(base)} ({min(base)}). Use the file that "
+            "training wrote."
+        )
     for adapter, config in module.peft_config.items():
         expected = {name: tensor for name, tensor in own.items() if _belongs_to(name, adapter)}
         got = {name: tuple(tensor.shape) for name, tensor in given.items() if _belongs_to(name, adapter)}
@@ -270,8 +283,12 @@ def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *
         )
 
 
+def _is_adapters(name: str) -> bool:
+    return any(f".{part}." in name for part in ("lora_A", "lora_B", "lora_marker_rows"))
+
+
 def _belongs_to(name: str, adapter: str) -> bool:
-    return f".{adapter}." in name.rpartition(LoraModel.prefix)[2]
+    return any(f".{part}.{adapter}." in name for part in ("lora_A", "lora_B", "lora_marker_rows"))
 
 
 def _shapes(tensor: Tensor) -> list[tuple[int, ...]]:

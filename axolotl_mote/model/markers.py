@@ -68,7 +68,8 @@ class _MarkerLayer(nn.Module, BaseTunerLayer):
         """Ids of an adapter's markers on a device, shape (2S,)."""
         ids = self._on_device.get(adapter)
         if ids is None or ids.device != device:
-            ids = self._on_device[adapter] = torch.tensor(self.marker_ids[adapter], device=device)
+            with torch.inference_mode(False):  # kept for later forwards, which may need gradients
+                ids = self._on_device[adapter] = torch.tensor(self.marker_ids[adapter], device=device)
         return ids
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -8,8 +8,9 @@ copies, pickles and ``unload`` behave as for any other module. No layers, no ada
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,13 +38,15 @@ from axolotl_mote.model.routing import (
 class Routing(SegmentsHolder):
     """The routing state of one model: set by every forward, read by every layer.
 
-    Forwards of several threads take turns, so each reads its own state. Under gradient checkpointing the state comes
-    back when a forward's backward pass begins, whatever ran in between and in whichever thread.
+    Forwards of several threads take turns, so each reads its own state, and one without gradients leaves the state as
+    it found it. For layers that are recomputed in the backward pass, the state of their forward comes back when the
+    pass begins, whatever ran in between and in whichever thread it runs. The pass itself takes no turn: while one
+    thread trains with gradient checkpointing, no other may run the model.
 
     Attributes:
         configs: Configuration of every adapter, by name.
-        gate: Weight of every rank for every token of the current forward, shape (B, T, R), float32; None while the
-            adapter is disabled.
+        gate: Weight of every rank for every token of the current forward, shape (B, T, R), float32; None outside of
+            forwards, and in one whose adapter is disabled.
         lock: Held by a forward while it runs. Hold it to run several forwards in one state.
         seed: Seed of the random draws (question routing, step dropout).
         step: Optimizer step; draws change with it. A training loop of your own sets it before each forward.
@@ -95,7 +98,8 @@ class Routing(SegmentsHolder):
         """Look up the gate of every token, (B, T) -> (B, T, R)."""
         name = cast(str, self.active)
         if self._tables[name].device != step_ids.device:
-            self._tables[name] = self._tables[name].to(step_ids.device)
+            with torch.inference_mode(False):  # kept for later forwards, which may need gradients
+                self._tables[name] = self._tables[name].to(step_ids.device)
         self.gate = F.embedding(step_ids, self._tables[name])
 
     def restore_before(self, output: Tensor) -> None:
@@ -123,37 +127,59 @@ class RoutedModel(_Base):
     ``generate`` supplies them itself. While the adapter is disabled the model is the base model, bit for bit.
     """
 
+    forward_parameters: tuple[str, ...]
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A further model of this class, as from ``type(model).from_pretrained``, is a plain one without adapter."""
+        if not args and not kwargs:  # as torch makes a replica, which gets the attributes of the original
+            return object.__new__(cls)
         return _original_class(cls)(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Route, then run the model's own forward."""
-        with self.routed(args, kwargs):
-            output = super().__call__(*args, **kwargs)
-            tensor = output[0] if isinstance(output, tuple) else next(iter(output.values()))
-            self.keep_routing(tensor)
+        kwargs = self.by_name(args) | kwargs
+        with self.routed(kwargs), self._wide_loss(kwargs.get("labels")):
+            output = super().__call__(**kwargs)
+            self.keep_routing(output)
         return output
 
+    def by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        """Positional arguments of the model's forward by their names: routing reads and replaces some of them."""
+        return dict(zip(self.forward_parameters, args, strict=False))
+
     @contextmanager
-    def routed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def routed(self, kwargs: dict[str, Any]) -> Iterator[None]:
         """Hold the routing state of one forward; takes ``step_ids`` out of ``kwargs`` and sets positions and mask.
 
         Raises:
             ValueError: If the steps of the tokens cannot be known.
         """
-        with self.mote_routing.turn():
-            with torch.no_grad():
-                self._route(args, kwargs)
-            yield
+        routing: Routing = self.mote_routing
+        with routing.turn():
+            before = routing.gate, routing.segments
+            try:
+                with torch.no_grad():
+                    self._route(kwargs)
+                yield
+            finally:
+                if not torch.is_grad_enabled():  # nothing of this forward will run again
+                    routing.gate, routing.segments = before
 
     def keep_routing(self, output: Any) -> None:
-        """Call inside ``routed`` with the output that the loss is computed from."""
-        recomputes = self.training and self.is_gradient_checkpointing and not torch.compiler.is_compiling()
-        if recomputes and isinstance(output, Tensor) and output.requires_grad:
-            self.mote_routing.restore_before(output)
+        """Call inside ``routed`` with the output: its state comes back when a backward pass from it begins."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    self.mote_routing.restore_before(tensor)
 
-    def _route(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _wide_loss(self, labels: Any) -> AbstractContextManager[object]:
+        """The model's own loss also reads the width of the logits off ``config.vocab_size``."""
+        name = None if labels is None else _active_adapter(self)
+        if name is None:
+            return nullcontext()
+        return _wide_vocabulary(self.config, max(self.mote_routing.configs[name].marker_ids) + 1)
+
+    def _route(self, kwargs: dict[str, Any]) -> None:
         """Set the gate, and under step dropout the positions and the mask."""
         routing: Routing = self.mote_routing
         step_ids = kwargs.pop("step_ids", None)
@@ -162,7 +188,7 @@ class RoutedModel(_Base):
         if routing.active is None:
             routing.gate = None
             return
-        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        input_ids = kwargs.get("input_ids")
         if step_ids is None:
             if input_ids is None:
                 raise ValueError(
@@ -262,6 +288,15 @@ class RoutedModel(_Base):
         return (_new_routed, (_original_class(type(self)),), *cast("tuple[Any, ...]", reduced)[2:])
 
 
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Every tensor of a model's output, hidden states of all layers included."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
+
+
 def _active_adapter(model: RoutedModel) -> str | None:
     """Name of the active adapter; None while this thread has adapters disabled, or none is active."""
     with model.mote_routing.turn():  # another thread may have disabled them, for its turn alone
@@ -289,6 +324,7 @@ def stop_routing(model: PreTrainedModel) -> None:
 def _routed_class(cls: Any) -> Any:
     # Under the name of the original, which configurations and messages are written from.
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    names["forward_parameters"] = tuple(inspect.signature(cls.forward).parameters)[1:]
     return type(cls.__name__, (RoutedModel, cls), names)
 
 

@@ -133,6 +133,51 @@ def test_the_class_of_a_routed_model_makes_plain_models(tmp_path: Path) -> None:
         assert type(made) is type(base_model())
 
 
+def test_what_passes_the_models_call_by_is_refused_not_answered_with_an_older_routing() -> None:
+    model = mote()
+    generate(model)
+    for run in (model.get_base_model().model, model.get_base_model().forward):
+        with pytest.raises(RuntimeError, match="must be routed before a layer runs"):
+            run(input_ids=IDS)
+
+
+def test_positional_arguments_are_routed_as_named_ones() -> None:
+    base = mote().get_base_model()
+    row = torch.tensor([chain()[:12] + chain(seed=1)])
+    positions = torch.tensor([[*range(12), *range(25)]])
+    named = base(input_ids=row, position_ids=positions).logits
+    assert torch.equal(base(row, None, positions).logits, named)
+    cache = base(input_ids=IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="step_ids must be given when input_ids continue a cache"):
+        base(IDS[:, :1], None, None, cache)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_models_own_loss_knows_the_markers(place: str) -> None:
+    model = mote(marker_ids=PLACES[place])
+    ids = torch.where(IDS >= VOCABULARY, IDS + PLACES[place][0] - VOCABULARY, IDS)
+    out = model(input_ids=ids, labels=ids)
+    width = out.logits.shape[-1]
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].reshape(-1, width), ids[:, 1:].reshape(-1))
+    assert torch.allclose(out.loss, expected)
+    assert model.config.vocab_size == VOCABULARY
+
+
+def test_a_forward_in_inference_mode_leaves_the_model_trainable() -> None:
+    model = add_mote_adapter(base_model(), mote_config(marker_ids=INSIDE))
+    with torch.inference_mode():
+        model(input_ids=IDS % VOCABULARY)
+    model.train()
+    model(input_ids=IDS % VOCABULARY).logits.sum().backward()
+
+
+def test_a_replica_of_data_parallel_can_be_made() -> None:
+    base = mote().get_base_model()
+    replica = base._replicate_for_data_parallel()
+    assert type(replica) is type(base)
+    assert replica.mote_routing is base.mote_routing
+
+
 # --- disabling ------------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +376,16 @@ def test_a_partial_or_foreign_adapter_is_refused(case: str, tmp_path: Path) -> N
     assert torch.equal(logits(model), expected)
     with pytest.raises(ValueError, match=message):
         model.load_adapter(tmp_path, "default")  # as axolotl resumes
+    with pytest.raises(ValueError, match=message):
+        alone(tmp_path, adapter_name="my_lora_v1")
+
+
+def test_tensors_of_the_base_do_not_come_in_with_an_adapter(tmp_path: Path) -> None:
+    mote().save_pretrained(tmp_path)
+    more = {"base_model.model.model.norm.weight": torch.zeros(32)}
+    save_file(load_file(tmp_path / FILE) | more, tmp_path / FILE)
+    with pytest.raises(ValueError, match=r"must hold no tensors of its base model; got 1 \(.*model.norm"):
+        alone(tmp_path)
 
 
 def test_a_complete_state_is_loaded_whoever_asks() -> None:

@@ -136,6 +136,14 @@ def evaluation_between(model: Any, loss: Callable[[Tensor], Tensor]) -> None:
     first.backward()
 
 
+def loss_from_logits(model: Any, loss: Callable[[Tensor], Tensor]) -> None:
+    """Of two forwards, with the base as a reference between them and their backward pass."""
+    first, second = (model(input_ids=ids, labels=ids).logits for ids in (FIRST, SECOND))
+    with torch.no_grad(), model.disable_adapter():
+        model(input_ids=FIRST % VOCABULARY)
+    (first[..., :VOCABULARY].square().sum() + second[..., :VOCABULARY].square().sum()).backward()
+
+
 def backward_elsewhere(model: Any, loss: Callable[[Tensor], Tensor]) -> None:
     """As on CUDA, where autograd has a thread of its own."""
     first, second = loss(FIRST), loss(SECOND)
@@ -143,7 +151,9 @@ def backward_elsewhere(model: Any, loss: Callable[[Tensor], Tensor]) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "mote_varlen"])
-@pytest.mark.parametrize("run", [two_losses, one_after_the_other, evaluation_between, backward_elsewhere])
+@pytest.mark.parametrize(
+    "run", [two_losses, one_after_the_other, evaluation_between, loss_from_logits, backward_elsewhere]
+)
 def test_recomputed_layers_are_routed_as_their_forward_was(run: Any, attention: str) -> None:
     expected, found = (gradients(checkpointing, attention, run) for checkpointing in (False, True))
     assert expected.keys() == found.keys()

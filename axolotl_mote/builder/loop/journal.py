@@ -129,6 +129,8 @@ class Journal:
             lacking = [key for key in ("call", *_FIELDS) if key not in record]
             if lacking:
                 raise JournalError(f"{self._path} must hold whole records; one lacks {lacking[0]!r}. Move it away.")
+            if record.get("config", self._config) != self._config:
+                raise JournalError(f"{self._path} must hold records of one configuration; got another's. Move it away.")
             offsets[record["call"]] = offset
         return offsets
 

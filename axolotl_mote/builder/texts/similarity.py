@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -19,9 +20,14 @@ _FACTORS = np.array(
 )
 
 
+# Vowel signs and accents belong to their letters; \w leaves them out.
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c).startswith("M"))
+_WORD = re.compile(f"[\\w{_MARKS}]+")
+
+
 def normalize(text: str) -> str:
     """Lower case, letters and digits only, one space between words: texts that agree in this count as identical."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    return " ".join(_WORD.findall(unicodedata.normalize("NFC", text.lower())))
 
 
 class SimilarTexts:
