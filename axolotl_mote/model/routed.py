@@ -138,6 +138,10 @@ class RoutedModel(_Base):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Route, then run the model's own forward."""
         kwargs = self.by_name(args) | kwargs
+        if torch.compiler.is_compiling():  # one thread, nothing in between: no turn to take, no state to bring back
+            with torch.no_grad():
+                self._route(kwargs)
+            return super().__call__(**kwargs)
         with self.routed(kwargs), self._wide_loss(kwargs.get("labels")):
             output = super().__call__(**kwargs)
             self.keep_routing(output)

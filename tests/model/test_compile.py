@@ -116,3 +116,15 @@ def test_a_limit_that_is_reached_is_reported() -> None:
             model(**batch(rows, 40, False, 0))
     assert reports
     assert "recompile_limit" in reports[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_the_whole_model_compiles_too(family: str) -> None:
+    """As ``generate`` does it with a static cache on CUDA."""
+    torch._dynamo.reset()
+    model = mote(family)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for seed in (0, 1):
+        ids = torch.tensor([chain(seed=seed)])
+        assert torch.allclose(compiled(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
