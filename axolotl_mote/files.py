@@ -170,7 +170,21 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-class RowSpool:
+class Closing:
+    """What is closed at the end of a ``with`` block."""
+
+    def close(self) -> None:
+        """Give back what is held."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class RowSpool(Closing):
     """Rows in a file without a name; memory holds only their offsets. The file vanishes with the process.
 
     A row comes back as JSON has it; what JSON cannot spell comes back as its ``str``.
@@ -217,14 +231,6 @@ class RowSpool:
         """Delete the file; safe to call twice."""
         with suppress(OSError):  # what was not written need not be
             self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class AtomicFiles:
@@ -310,7 +316,7 @@ def folder_in_one_rename(path: Path, *, replace: bool = False) -> Iterator[Path]
         shutil.rmtree(staging, ignore_errors=True)
 
 
-class AppendLog:
+class AppendLog(Closing):
     """A JSONL file that one process at a time appends to, and that survives being killed.
 
     Opening takes the lock and changes nothing. A last line without its newline is torn: the process died while writing
@@ -399,14 +405,6 @@ class AppendLog:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _lock(self) -> None:
         try:

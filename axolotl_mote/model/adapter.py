@@ -247,8 +247,8 @@ def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *
         ValueError: If tensors are missing, unknown or of another shape.
     """
     state = {prefix + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-    own = {name: tensor for name, tensor in state.items() if _is_adapters(name)}
-    given = {name: tensor for name, tensor in state_dict.items() if _is_adapters(name)}
+    own = {name: tensor for name, tensor in state.items() if _of_adapter(name)}
+    given = {name: tensor for name, tensor in state_dict.items() if _of_adapter(name)}
     if not given and state_dict:  # the base model's weights alone
         return
     base = state_dict.keys() - given.keys()
@@ -258,8 +258,8 @@ def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *
             "training wrote."
         )
     for adapter, config in module.peft_config.items():
-        expected = {name: tensor for name, tensor in own.items() if _belongs_to(name, adapter)}
-        got = {name: tuple(tensor.shape) for name, tensor in given.items() if _belongs_to(name, adapter)}
+        expected = {name: tensor for name, tensor in own.items() if _of_adapter(name, f"{adapter}.")}
+        got = {name: tuple(tensor.shape) for name, tensor in given.items() if _of_adapter(name, f"{adapter}.")}
         if given and not got:  # another adapter is loaded
             continue
         missing, unknown = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
@@ -283,12 +283,9 @@ def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *
         )
 
 
-def _is_adapters(name: str) -> bool:
-    return any(f".{part}." in name for part in ("lora_A", "lora_B", "lora_marker_rows"))
-
-
-def _belongs_to(name: str, adapter: str) -> bool:
-    return any(f".{part}.{adapter}." in name for part in ("lora_A", "lora_B", "lora_marker_rows"))
+def _of_adapter(name: str, adapter: str = "") -> bool:
+    """Whether a tensor belongs to an adapter: to that one, or to any."""
+    return any(f".{part}.{adapter}" in name for part in ("lora_A", "lora_B", "lora_marker_rows"))
 
 
 def _shapes(tensor: Tensor) -> list[tuple[int, ...]]:

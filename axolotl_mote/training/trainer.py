@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 
 from axolotl_mote.chain.steps import IGNORE_INDEX
 from axolotl_mote.chain.vocabulary import StepVocabulary
@@ -57,8 +56,7 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._mote = mote_model(self.model)
-        # accelerate cuts the batches of streamed data into one part per process, row by row.
-        if self._mote is not None and not isinstance(self.train_dataset, IterableDataset):
+        if self._mote is not None:
             self.data_collator = ScoredCollator(self.data_collator)
             self.train_data_collator = self.data_collator
             if self.eval_data_collator is not None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from axolotl_mote.chain.questions import Question
-from axolotl_mote.files import RowSpool
+from axolotl_mote.files import Closing, RowSpool
 
 
-class Backlog:
+class Backlog(Closing):
     """Questions in their order; each is read from disk when it is asked for.
 
     Args:
@@ -37,11 +35,3 @@ class Backlog:
     def close(self) -> None:
         """Delete the file; safe to call twice."""
         self._rows.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -14,12 +14,11 @@ import asyncio
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from axolotl_mote.builder.clients.calls import Call, Completion
 from axolotl_mote.builder.settings import changes, config_hash
-from axolotl_mote.files import AppendLog, RowFault, parse_row
+from axolotl_mote.files import AppendLog, Closing, RowFault, parse_row
 
 _BEGINS = b'{"journal": '
 _FIELDS = ("text", "finish", "prompt_tokens", "completion_tokens", "model")
@@ -29,7 +28,7 @@ class JournalError(ValueError):
     """The journal belongs to another configuration or is damaged."""
 
 
-class Journal:
+class Journal(Closing):
     """The journal of one output folder, open for reading and appending.
 
     Args:
@@ -100,14 +99,6 @@ class Journal:
     def close(self) -> None:
         """Release the file; safe to call twice."""
         self._log.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _read(self, identity: dict[str, Any]) -> dict[str, int]:
         """Check the head, or write it into an empty file; returns the offset of each call's line, by key."""
