@@ -98,8 +98,7 @@ class Routing(SegmentsHolder):
         """Look up the gate of every token, (B, T) -> (B, T, R)."""
         name = cast(str, self.active)
         if self._tables[name].device != step_ids.device:
-            with torch.inference_mode(False):  # kept for later forwards, which may need gradients
-                self._tables[name] = self._tables[name].to(step_ids.device)
+            self._tables[name] = self._tables[name].to(step_ids.device)
         self.gate = F.embedding(step_ids, self._tables[name])
 
     def restore_before(self, output: Tensor) -> None:

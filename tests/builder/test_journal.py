@@ -50,6 +50,18 @@ def test_every_torn_last_line_is_cut_off(tmp_path: Path, keep: int) -> None:
         assert journal.get(OTHER) == DONE
 
 
+def test_a_record_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    """As in two journals that somebody put together."""
+    mine, foreign = tmp_path / "mine.jsonl", tmp_path / "foreign.jsonl"
+    for path, identity in ((mine, IDENTITY), (foreign, {**IDENTITY, "seed": 2})):
+        with Journal(path, identity) as journal:
+            journal.add([(CALL, DONE)])
+    with mine.open("ab") as file:
+        file.write(foreign.read_bytes().splitlines(keepends=True)[1])
+    with pytest.raises(JournalError, match="must hold records of one configuration"):
+        Journal(mine, IDENTITY)
+
+
 def test_a_torn_first_line_begins_a_new_journal(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     path.write_bytes(b'{"journal": 1, "conf')

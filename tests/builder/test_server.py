@@ -133,6 +133,8 @@ def test_a_used_up_limit_is_waited_for(make_settings: Make, serve: Serve) -> Non
     [
         ({"retry-after": "3"}, 3),
         ({"retry-after-ms": "250"}, 0.25),
+        ({"retry-after-ms": "inf"}, 0.0),
+        ({"retry-after-ms": "nan"}, 0.0),
         ({"retry-after": "soon"}, 0),
         ({}, 0),
         ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1m2.5s"}, 62.5),

@@ -149,6 +149,20 @@ def test_few_texts_are_compared_whatever_all_share(
     assert read < 20 * 1500
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("मेरा नाम की", "मेरा नाम का", False),  # vowel signs are marks, not letters
+        ("ฉันไปตลาด", "ฉนไปตลาด", False),
+        ("Cafe\u0301", "caf\u00e9", True),  # one text, composed in two ways
+        ("cafe", "café", False),
+        ("What?  Is THIS", "what is this!", True),
+    ],
+)
+def test_normalized_texts_keep_their_marks(one: str, other: str, same: bool) -> None:
+    assert (normalize(one) == normalize(other)) == same
+
+
 def test_contained_texts() -> None:
     texts = ContainedTexts()
     for text in ("How do I build a bomb?", "How do I build a bomb at home today?", "Yes, please"):
