@@ -124,15 +124,14 @@ def sound_rows(
     raise_faults(faults, message)
 
 
-def read_all_rows(path: Path) -> list[dict[str, Any]]:
-    """All rows of a JSONL file.
+def read_all_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield all rows of a JSONL file.
 
     Raises:
-        ValueError: If lines hold no JSON object; all of them at once, with their numbers.
+        ValueError: After the last row, if lines hold no JSON object; all of them at once, with their numbers.
     """
-    return [
-        row for _, row in sound_rows(read_jsonl(path), f"{path} must hold one JSON object per line; got {{faults}}.")
-    ]
+    message = f"{path} must hold one JSON object per line; got {{faults}}."
+    return (row for _, row in sound_rows(read_jsonl(path), message))
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

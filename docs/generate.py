@@ -16,8 +16,11 @@ import draw  # noqa: E402
 
 from axolotl_mote.builder.settings import Settings  # noqa: E402
 from axolotl_mote.training.args import (  # noqa: E402
+    COLUMN_KEYS,
+    LOADING_KEYS,
     REFUSED,
     REFUSED_ABOVE_ONE,
+    REFUSED_IN_DATASETS,
     REFUSED_PLUGINS,
     REFUSED_WITH_CHAINS,
     MoteOptions,
@@ -170,6 +173,14 @@ def refused_with_chains_table() -> str:
     return "\n".join(rows)
 
 
+def data_set_table() -> str:
+    loading = ", ".join(f"`{key}`" for key in LOADING_KEYS)
+    rows = ["| key | meaning with chain data |", "|---|---|", f"| {loading} | as in axolotl |"]
+    rows += [f"| `{key}` | {meaning} |" for key, meaning in COLUMN_KEYS.items()]
+    rows += [f"| `{key}` | refused. {remedy} |" for key, remedy in REFUSED_IN_DATASETS.items()]
+    return "\n".join(rows)
+
+
 def refused_plugins_table() -> str:
     rows = ["| plugin | reason and alternative |", "|---|---|"]
     rows += [f"| `{name}` | {remedy} |" for name, remedy in REFUSED_PLUGINS.items()]
@@ -285,10 +296,19 @@ def configuration() -> str:
             "| `sequence_len` | longer chains are dropped and counted, never cut |",
             "| `lora_model_dir` | trains this adapter further |",
             "| `load_in_4bit`, `load_in_8bit` | quantize the base model; the adapter stays in full precision |",
-            "| `dataset_prepared_path` | gets one folder per content of the chain files, so changes are noticed |",
+            "| `dataset_prepared_path` | gets one folder per content of the files that chains depend on: those of the "
+            "data, the tokenizer and the chat template. So changes are noticed |",
             "| `torch_compile`, and its `backend`, `mode`, `options` | each decoder layer is compiled on its own |",
             "| `chat_template` | `axolotl inference` defaults to `tokenizer_default` |",
+            "| `chat_template_kwargs` | variables of the chat template, such as `{enable_thinking: false}`; they are "
+            "fixed in the template that training saves beside the adapter, so inference renders as training did |",
             "",
+            "## Entries of `datasets:`\n",
+            "For `type: axolotl_mote.chain`, in `datasets` and `test_datasets`. Other keys are errors.\n",
+            data_set_table(),
+            "",
+            "With `adapter: mote`, at least one entry must be chain data. Another type beside it is a warning: its "
+            "rows have no steps.\n",
             combined_table(),
             "## Refused with `adapter: mote`\n",
             "These keys raise an error when the configuration is validated, before a model is loaded.\n",

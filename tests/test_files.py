@@ -62,7 +62,7 @@ def test_rows_are_numbered_from_one_and_faults_are_rows(tmp_path: Path) -> None:
     assert faults[2] == "the line must be UTF-8; got byte 0xe9. Convert the file."
     assert "JSON" in faults[3]
     with pytest.raises(ValueError, match=r"rows\.jsonl must hold one JSON object per line; got 4 faults\.\n  row 3: "):
-        read_all_rows(path)
+        list(read_all_rows(path))
 
 
 def test_a_compressed_file_is_read_through_its_opener(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_every_row_gets_every_column(tmp_path: Path) -> None:
         for row in ({"a": 1}, {"b": "\ud800"}):
             rows.append(row)
         files.write_jsonl(tmp_path / "rows.jsonl", rows)
-    assert read_all_rows(tmp_path / "rows.jsonl") == [{"a": 1, "b": None}, {"a": None, "b": "?"}]
+    assert list(read_all_rows(tmp_path / "rows.jsonl")) == [{"a": 1, "b": None}, {"a": None, "b": "?"}]
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from axolotl_mote.builder.clients.calls import (
@@ -90,7 +91,7 @@ def build(
     *,
     restart: bool = False,
     on_progress: Callable[[Status], None] = lambda _: None,
-    on_rows_read: Callable[[int], None] = lambda _: None,
+    on_count: Callable[[str, int], None] = lambda what, count: None,
 ) -> BuildReport:
     """Build a chain data set, or continue one.
 
@@ -98,7 +99,8 @@ def build(
         settings: The build.
         restart: Put an existing journal aside and begin a new one.
         on_progress: Called after every question.
-        on_rows_read: Called with the number of rows read so far, while questions are read.
+        on_count: Called with what is counted and its number so far: "rows read" while questions are read, "calls read
+            from the journal" while it is opened, "results collected" once all calls are done.
 
     Returns:
         Counts and costs. Ctrl-C, a used-up budget and servers that do not answer end a run early and cleanly;
@@ -114,8 +116,10 @@ def build(
     folder = settings.output
     folder.mkdir(parents=True, exist_ok=True)
     with Backlog(folder) as questions, RowSpool(folder) as dropped:
-        _load(settings, questions, dropped, on_rows_read)
-        with Journal(folder / "journal.jsonl", identity(settings, prompts.hashes), restart=restart) as journal:
+        _load(settings, questions, dropped, partial(on_count, "rows read"))
+        reading = partial(on_count, "calls read from the journal")
+        what = identity(settings, prompts.hashes)
+        with Journal(folder / "journal.jsonl", what, restart=restart, on_progress=reading) as journal:
             aside = [journal.set_aside] if journal.set_aside else []
             chains = folder / "chains.jsonl"
             if not len(journal) and chains.exists() and chains.stat().st_size:  # of another journal
@@ -126,7 +130,8 @@ def build(
             finally:
                 budget = run.budget
                 record = RunRecord(started, time.time() - started, budget.requests, budget.tokens, run.stopped)
-                counts = write_results(settings, prompts, journal, questions, dropped, record)
+                writing = partial(on_count, "results collected")
+                counts = write_results(settings, prompts, journal, questions, dropped, record, on_progress=writing)
     moved = [str(path) for path in aside]
     return BuildReport(counts, run.stopped, record.seconds, record.requests, record.tokens, moved)
 

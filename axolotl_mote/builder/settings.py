@@ -65,6 +65,10 @@ class LocalModel(_Schema):
     )
     batch_size: int = Field(8, ge=1, description="Texts generated together; another size is another build.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, such as {enable_thinking: false}; set the same ones for training.",
+    )
 
 
 class ServerModel(_Schema):
@@ -84,7 +88,10 @@ class ServerModel(_Schema):
     token_limit_key: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="Name of the token limit in the request body."
     )
-    extra_body: dict[str, Any] = Field(default_factory=dict, description="Further fields of the request body.")
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of the request body, such as {chat_template_kwargs: {enable_thinking: false}}.",
+    )
 
 
 ModelSpec = Annotated[LocalModel | ServerModel, Field(discriminator="type")]
@@ -307,4 +314,7 @@ def _model_identity(spec: LocalModel | ServerModel) -> dict[str, Any]:
         return {"server_model": spec.model, "extra_body": spec.extra_body}
     folder = Path(spec.path)
     digest = folder_digest(folder) if folder.is_dir() else None
-    return {**spec.model_dump(mode="json", exclude={"trust_remote_code"}), "folder": digest}
+    values = spec.model_dump(mode="json", exclude={"trust_remote_code"})
+    if not spec.chat_template_kwargs:  # journals from before this key existed stay valid
+        del values["chat_template_kwargs"]
+    return {**values, "folder": digest}

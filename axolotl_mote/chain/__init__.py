@@ -8,6 +8,7 @@ The modules, each importing only those before it:
     questions    Question: a dialogue that ends in a user turn
     result       Chain: what comes out of a generation
     parsing      a chain read off token ids
+    templates    variables fixed in a chat template, and blocks that it leaves open
     codec        ChainCodec: text to ids and back; the safety boundary for foreign text
     rows         checks of chain rows
 

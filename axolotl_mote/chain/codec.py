@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -20,6 +21,7 @@ from axolotl_mote.chain.parsing import ChainParser, MustClose
 from axolotl_mote.chain.result import Chain
 from axolotl_mote.chain.steps import CHECK, IGNORE_INDEX, end_marker, markers, start_marker, validate_steps
 from axolotl_mote.chain.vocabulary import StepVocabulary
+from axolotl_mote.files import installed_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,8 +53,11 @@ class ChainCodec:
         self.steps = tuple(steps)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickles, and so the fingerprint of a mapped data set, depend on: not on what was computed already."""
-        return {"tokenizer": self.tokenizer, "steps": self.steps}
+        """What pickles, and so the fingerprint of a mapped data set, depend on: not on what was computed already.
+
+        Chains that another version of this package has encoded are not reused.
+        """
+        return {"tokenizer": self.tokenizer, "steps": self.steps, "version": installed_versions(["axolotl-mote"])}
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> ChainCodec:
@@ -64,6 +69,8 @@ class ChainCodec:
         decoder = tokenizer.added_tokens_decoder
         added = [str(token) for _, token in sorted(decoder.items())]
         names = [m.group(1) for text in added if (m := _START.match(text)) and end_marker(m.group(1)) in added]
+        plain = cls(tokenizer)
+        names = [name for name in names if not any(map(plain._other_use, markers([name])))]
         if not names:
             raise ValueError(
                 "model must carry a MoTE adapter, or the tokenizer must hold step markers such as <|response|>; found "
@@ -78,8 +85,16 @@ class ChainCodec:
         """The steps and the ids of their markers.
 
         Raises:
-            ValueError: If the tokenizer splits a marker or does not know it as a special token.
+            ValueError: If the tokenizer splits a marker or does not know it as a special token, or if the marker also
+                is another token of the tokenizer or the chat template: it would open a step in every question.
         """
+        for step in self.steps:
+            for marker in markers([step]):
+                if use := self._other_use(marker):
+                    raise ValueError(
+                        f"mote.steps must not name a token that has another use; got {step!r}, but {marker} {use}. "
+                        "Rename the step; an adapter trained with this name must be trained again."
+                    )
         ids = []
         for marker in markers(self.steps):
             encoded = self._encode(marker)
@@ -91,6 +106,27 @@ class ChainCodec:
                 )
             ids.append(int(encoded[0]))
         return StepVocabulary.from_marker_ids(self.steps, ids)
+
+    def _other_use(self, marker: str) -> str | None:
+        """What else a marker is to the tokenizer; None if nothing else uses it."""
+        for name, token in self.tokenizer.special_tokens_map.items():
+            if token == marker:
+                return f"is the tokenizer's {name}"
+        return "is in the chat template" if marker in self._template_text else None
+
+    @cached_property
+    def _template_text(self) -> str:
+        """What the chat template writes around turns: its source, for every branch, and what it puts together."""
+        if not self.tokenizer.chat_template:
+            return ""
+        texts = [str(self.tokenizer.chat_template)]
+        question = {"role": "user", "content": _OPEN}
+        answer, system = question | {"role": "assistant"}, question | {"role": "system"}
+        for dialogue in ([question], [question, answer], [system, question]):
+            for prompt in (True, False):
+                with suppress(ValueError):  # some take no system turn
+                    texts.append(self._render(dialogue, add_generation_prompt=prompt))
+        return "\n".join(texts)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -106,14 +142,39 @@ class ChainCodec:
 
     @cached_property
     def end_of_turn(self) -> tuple[int, ...]:
-        """What the chat template puts after an assistant's text, up to and including the first special token."""
+        """What the chat template puts between an assistant's text and the next turn, up to its last special token.
+
+        Read off the template: only what it writes both at the end of a dialogue and before a user turn belongs to the
+        answer. Some templates open the next turn unasked; a turn opens with the token that opens the dialogue.
+
+        Raises:
+            ValueError: If the template refuses an answered question.
+        """
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _OPEN}]
-        rendered: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        ids = self._encode(rendered.split(_OPEN)[-1])
-        for position, token in enumerate(ids):
-            if token in self._special_tokens:
-                return tuple(ids[: position + 1])
-        return (self.tokenizer.eos_token_id,)
+        pieces = self._render(turns).split(_OPEN)
+        head, last = self._encode(pieces[0]), self._encode(pieces[-1])
+        try:
+            followed = self._render([*turns, {"role": "user", "content": _CLOSE}])
+        except ValueError:  # a template for single answers
+            shared = last
+        else:
+            pairs = zip(last, self._encode(followed.split(_OPEN)[-1].split(_CLOSE)[0]), strict=False)
+            shared = [ours for ours, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        opening = next((t for t in head if t in self._special_tokens and t != self.tokenizer.bos_token_id), None)
+        ends = [
+            position
+            for position, token in enumerate(takewhile(lambda token: token != opening, shared))
+            if token in self._special_tokens
+        ]
+        if not ends:  # the template ends dialogues only, or with the token that opens them
+            ends = [position for position, token in enumerate(last) if token in self._special_tokens][:1]
+        return tuple(last[: ends[-1] + 1]) if ends else (self.tokenizer.eos_token_id,)
+
+    def _render(self, messages: Sequence[Mapping[str, str]], **options: bool) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+        except TemplateError as error:
+            raise ValueError(f"messages must suit the chat template; it says: {error} Change the turns.") from error
 
     @property
     def stop_id(self) -> int:
@@ -189,10 +250,7 @@ class ChainCodec:
         # would split the text at the same places, so all other text is encoded as usual.
         # Further fields of a turn are left out: some templates print them.
         safe = [{"role": message["role"], "content": guard(message["content"])} for message in messages]
-        try:
-            rendered: str = self.tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"messages must suit the chat template; it says: {error} Change the turns.") from error
+        rendered = self._render(safe, add_generation_prompt=True)
         ids: list[int] = []
         for position, piece in enumerate(_STAND_IN.split(rendered)):
             if position % 2:

@@ -74,6 +74,13 @@ def decoding_options(function: F) -> F:
     )(function)
 
 
+def json_option(what: str) -> Callable[[F], F]:
+    """--json, with what it prints."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help=f"{what} To pipe it, call axolotl-mote: axolotl prints a banner first."
+    )
+
+
 @contextmanager
 def usage_errors(extra: str | None = None) -> Iterator[None]:
     """Turn errors of values and files, and missing packages of ``extra``, into one line on stderr, no traceback."""

@@ -13,6 +13,8 @@ from axolotl_mote.cli._options import usage_errors
 if TYPE_CHECKING:
     from axolotl_mote.builder.run import BuildReport, Status
 
+_LINE_EVERY = 10_000  # where there is no bar
+
 
 @click.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
@@ -71,7 +73,7 @@ def _build(config: Path, output: Path | None, limit: int | None, exclude: tuple[
     settings = settings.model_copy(update=changed)
     try:
         with _Progress() as progress:  # aiohttp and others are imported when they are first needed
-            report = build(settings, restart=restart, on_progress=progress.show, on_rows_read=progress.show_rows_read)
+            report = build(settings, restart=restart, on_progress=progress.show, on_count=progress.show_count)
     except FatalCallError as error:
         raise click.ClickException(str(error)) from error
     _print_report(report, settings.output)
@@ -115,11 +117,11 @@ class _Progress:
     ) -> None:
         self._bar.stop()
 
-    def show_rows_read(self, count: int) -> None:
-        """Show how many rows of the sources are read; the search for near-duplicates can take minutes."""
-        self._bar.update(self._task, note=f"{count:,} rows read")
-        if self._bar.disable and count % 10_000 == 0:
-            self._console.print(f"{count:,} rows read")
+    def show_count(self, what: str, count: int) -> None:
+        """Show how far a part without calls is, such as "rows read"; it can take minutes."""
+        self._bar.update(self._task, note=f"{count:,} {what}")
+        if self._bar.disable and count % _LINE_EVERY == 0:
+            self._console.print(f"{count:,} {what}")
 
     def show(self, status: Status) -> None:
         """Update the bar."""

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl_mote.chain.steps import ADAPTIVE, VERIFY
-from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments, usage_errors
+from axolotl_mote.cli._options import (
+    decoding_options,
+    json_option,
+    model_options,
+    parse_limits,
+    sampling_arguments,
+    usage_errors,
+)
 from axolotl_mote.cli.json_output import json_writer
 
 if TYPE_CHECKING:
@@ -39,7 +46,7 @@ del _CONTROLS[ord("\n")], _CONTROLS[ord("\t")]
 @decoding_options
 @click.option("--system", help="System message.")
 @click.option("--hide-reasoning", is_flag=True, help="Show the answer only.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per answer instead of the display.")
+@json_option("One JSON object per answer instead of the display.")
 def command(
     adapter: Path,
     base_model: str | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from axolotl_mote.cli._options import model_options, usage_errors
+from axolotl_mote.cli._options import json_option, model_options, usage_errors
 from axolotl_mote.cli.json_output import json_writer
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the step-routed model.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@json_option("Print the report as JSON.")
 def command(
     adapter: Path,
     output: Path,

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl_mote.chain.steps import ADAPTIVE
-from axolotl_mote.cli._options import decoding_options, model_options, parse_limits, sampling_arguments, usage_errors
+from axolotl_mote.cli._options import (
+    decoding_options,
+    json_option,
+    model_options,
+    parse_limits,
+    sampling_arguments,
+    usage_errors,
+)
 from axolotl_mote.cli.json_output import json_writer
 
 if TYPE_CHECKING:
@@ -45,7 +52,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Questions decoded together.")
 @click.option("--limit", type=click.IntRange(1), help="Answer only the first N rows.")
 @click.option("--overwrite", is_flag=True, help="Empty the output first instead of continuing it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@json_option("Print the summary as JSON.")
 def command(
     adapter: Path,
     base_model: str | None,
@@ -85,9 +92,11 @@ def command(
         settings |= {"max_new_tokens": decoding["max_new_tokens"], "num_beams": num_beams}
         seed = decoding["seed"] if decoding["sample"] else None
 
+        from axolotl_mote.generation.folder import read_config
         from axolotl_mote.generation.loading import codec_for, load_mote
         from axolotl_mote.generation.runner import Runner, expand_modes, run_fingerprint
 
+        read_config(adapter)  # the fingerprint needs sound values
         fingerprint = run_fingerprint(adapter, base_model, dtype, settings, seed, batch_size, decoding["check"])
         model, tokenizer = load_mote(adapter, base_model, dtype=dtype, device=device)
         chosen = expand_modes(modes, codec_for(model, tokenizer).vocabulary, decoding["check"])

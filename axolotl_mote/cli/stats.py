@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from axolotl_mote.chain.steps import CHECK, DEFAULT_STEPS, chain_form, parse_form, validate_steps
-from axolotl_mote.cli._options import usage_errors
+from axolotl_mote.cli._options import json_option, usage_errors
 from axolotl_mote.cli.json_output import json_writer
 from axolotl_mote.files import read_all_rows
 
@@ -27,7 +27,7 @@ from axolotl_mote.files import read_all_rows
     show_default=True,
     help="The steps of the chains, such as plan+draft+answer; may be repeated.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@json_option("Print JSON instead of tables.")
 @click.option(
     "--html",
     type=click.Path(dir_okay=False, path_type=Path),

@@ -28,7 +28,8 @@ def read_adapter(folder: Path) -> tuple[MoteConfig, dict[str, Tensor]]:
     Raises:
         ValueError: If one of the two is missing or broken, or the adapter is a plain LoRA.
     """
-    return read_mote_config(folder), read_tensors(folder)
+    config = read_mote_config(folder)
+    return config, read_tensors(folder, config)
 
 
 def write_adapter(

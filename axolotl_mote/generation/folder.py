@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from axolotl_mote.model.config import PEFT_TYPE, MoteConfig
+from axolotl_mote.model.config import PEFT_TYPE, MoteConfig, check_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,8 @@ Shapes = dict[str, tuple[int, ...]]
 _PICKLE = "adapter_model.bin"
 _LORA = "LORA"
 _PREFIX = "base_model.model."
-_PARTS = {".lora_A.weight": ("in_features", 1), ".lora_B.weight": ("out_features", 0)}
+_A, _B, _MARKER_ROWS = ".lora_A.weight", ".lora_B.weight", ".lora_marker_rows.weight"
+_PARTS = {_A: ("in_features", 1), _B: ("out_features", 0)}
 """End of a tensor's name -> the size of its layer that it must have, and in which dimension."""
 
 
@@ -61,21 +62,36 @@ def read_config(folder: Path) -> LoraConfig:
     Raises:
         ValueError: If adapter_config.json is missing, broken, or of another PEFT type.
     """
-    peft_type, path = read_config_values(folder).get("peft_type"), folder / CONFIG
+    values, path = read_config_values(folder), folder / CONFIG
+    peft_type = values.get("peft_type")
     if peft_type not in (PEFT_TYPE, _LORA):
         raise ValueError(
             f"adapter must have peft_type {PEFT_TYPE} or {_LORA}; got {peft_type} at {path}. "
             "Load it with peft.PeftModel instead."
         )
-    try:
-        config: LoraConfig = (MoteConfig if peft_type == PEFT_TYPE else LoraConfig).from_pretrained(str(folder))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if isinstance(config, MoteConfig) and not (config.marker_ids and all(type(i) is int for i in config.marker_ids)):
+    if peft_type == PEFT_TYPE:
+        config: LoraConfig = MoteConfig.from_pretrained(str(folder))
+    else:
+        config = _read_lora_config(folder, values)
+    if not config.target_modules:
+        raise ValueError(
+            f"target_modules must name layers; got {config.target_modules} at {path}. "
+            "Use the adapter_config.json that training wrote."
+        )
+    if isinstance(config, MoteConfig) and not config.marker_ids:
         raise ValueError(
             f"marker_ids must hold the token ids of {config.markers}; got {config.marker_ids} at {path}. "
             "Use the adapter_config.json that training wrote."
         )
+    return config
+
+
+def _read_lora_config(folder: Path, values: dict[str, Any]) -> LoraConfig:
+    try:
+        check_values(LoraConfig, values)
+        config: LoraConfig = LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     return config
 
 
@@ -111,24 +127,48 @@ def base_of(config: LoraConfig, folder: Path, base_model: str | Path | None) -> 
     return str(base)
 
 
-def read_shapes(folder: Path) -> Shapes:
+def read_shapes(folder: Path, config: LoraConfig) -> Shapes:
     """Names and shapes of an adapter's tensors, from the head of the file.
 
     Raises:
-        ValueError: If adapter_model.safetensors is missing, torn or empty.
+        ValueError: If adapter_model.safetensors is missing, torn or empty, or its tensors are not of the rank, or the
+            number of markers, of the configuration.
     """
     with _weights(folder) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    _check_shapes(shapes, config, folder)
+    return shapes
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path, config: LoraConfig) -> dict[str, Tensor]:
     """An adapter's tensors.
 
     Raises:
         ValueError: As ``read_shapes``.
     """
+    names = read_shapes(folder, config)
     with _weights(folder) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _check_shapes(shapes: Shapes, config: LoraConfig, folder: Path) -> None:
+    """Check that tensors have two dimensions, and the size that the configuration gives to one of them.
+
+    Without the base model, and before anything of the size that a wrong rank gives is allocated.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    if isinstance(config, MoteConfig):
+        sizes = {_A: (0, config.total_rank), _B: (1, config.total_rank), _MARKER_ROWS: (0, 2 * config.num_steps)}
+    elif not config.rank_pattern:
+        sizes = {_A: (0, config.r), _B: (1, config.r)}
+    for name, shape in shapes.items():
+        for end, (dimension, size) in sizes.items():
+            if name.endswith(end) and (len(shape) != 2 or shape[dimension] != size):
+                wanted = f"({size}, ...)" if dimension == 0 else f"(..., {size})"
+                raise ValueError(
+                    f"{name} must have shape {wanted} by {CONFIG}; got {shape} in {WEIGHTS} at {folder}. "
+                    "Use both files as training wrote them."
+                )
 
 
 @contextmanager
@@ -188,7 +228,9 @@ def check_fits(model: Any, base: str, shapes: Shapes, config: LoraConfig, folder
 
 
 def check_complete(model: Any, shapes: Mapping[str, object], folder: Path) -> None:
-    """Check that the file held every tensor of the adapter that a model now has.
+    """Check that the file held every tensor of a plain LoRA that a model now has: PEFT only warns.
+
+    A MoTE adapter makes this check itself, whatever loads it (``model.adapter``).
 
     Raises:
         ValueError: If tensors are missing.

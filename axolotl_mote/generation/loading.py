@@ -55,7 +55,8 @@ def load_mote(
             model, or if the tokenizer's markers are not those of the adapter.
     """
     folder = Path(adapter_dir)
-    config, shapes = read_config(folder), read_shapes(folder)
+    config = read_config(folder)
+    shapes = read_shapes(folder, config)
     base = base_of(config, folder, base_model)
     tokenizer = load_tokenizer(folder, base, config)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,8 +68,12 @@ def load_mote(
         _add_marker_rows(model, shapes, codec_of(tokenizer, config))
     if "device_map" not in model_options:
         model.to(place)
-    peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
-    check_complete(peft_model, shapes, folder)
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if not isinstance(config, MoteConfig):
+        check_complete(peft_model, shapes, folder)
     return peft_model, tokenizer
 
 

@@ -8,8 +8,8 @@ no parameter is ever unused. No axolotl, no data sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn, cast
 
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from axolotl_mote.model.compat import cast_input, init_tuner_layer, move_adapter, register_peft_type
+from axolotl_mote.model.compat import cast_input, init_tuner_layer, move_adapter, register_peft_type, save_adapter_alone
 from axolotl_mote.model.config import PEFT_TYPE, MoteConfig
+from axolotl_mote.model.head import logits_path
 from axolotl_mote.model.loss import token_losses
-from axolotl_mote.model.markers import MarkerEmbedding, MarkerHead, MarkerRows, refuse_merge
+from axolotl_mote.model.markers import Gathered, MarkerEmbedding, MarkerHead, MarkerRows, refuse_merge
 from axolotl_mote.model.routed import RoutedModel, Routing, start_routing, stop_routing
 
 
@@ -62,14 +63,7 @@ class MoteLinear(nn.Module, LoraLayer):
         if self.disable_adapters or not names or names[0] not in self.lora_A:
             return result
         adapter = names[0]
-        gate = self.routing.gate
-        if gate is None:
-            raise RuntimeError(
-                "The tokens must be routed before a layer runs; got none. Call the model itself, not its decoder or "
-                "its forward method."
-            )
-        if x.dim() != 3:  # a model that flattens its tokens before a layer: (B * T, D)
-            gate = gate.reshape(*x.shape[:-1], gate.shape[-1])
+        gate = self.routing.gate_of(x)
         lora_a, lora_b = self.lora_A[adapter], self.lora_B[adapter]
         x = cast_input(self, x, cast(Tensor, lora_a.weight).dtype)
         inner = lora_a(self.lora_dropout[adapter](x))
@@ -99,9 +93,9 @@ class MoteModel(LoraModel):
     routing: Routing
     tuner_layer_cls = BaseTunerLayer
     """The marker rows are switched and deleted as the LoRA layers are."""
-    chunked_loss = True
-    """Must be off under DeepSpeed ZeRO-3. ZeRO-3 gathers the head for every call, so all ranks must call it equally
-    often, whatever the length of their rows; and it does not gather the head when a chunk is computed again."""
+    gathered: Gathered | None = None
+    """Must be set under DeepSpeed ZeRO-3 (``training.compat.gathered``): the head is then gathered once per forward,
+    on all ranks alike, however many chunks their rows make."""
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, low_cpu_mem_usage: bool = False, **kwargs: Any
@@ -109,7 +103,8 @@ class MoteModel(LoraModel):
         """Add an adapter to the model; PEFT calls this for the first one and for all later ones.
 
         Raises:
-            ValueError: If the configuration is of another type or names no markers.
+            ValueError: If the configuration is of another type or names no markers, or if the base model has another
+                use for one of them.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, MoteConfig) or not config.marker_ids:
@@ -121,6 +116,7 @@ class MoteModel(LoraModel):
             self.routing = Routing()
             self.register_load_state_dict_pre_hook(_check_tensors)
         base = cast(PreTrainedModel, model)
+        _refuse_used_markers(base, config)
         super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
         self._add_marker_rows(base, config, adapter_name, low_cpu_mem_usage)
         self.routing.add(adapter_name, config)
@@ -134,6 +130,12 @@ class MoteModel(LoraModel):
             raise TypeError(
                 f"lora_target_modules must name linear layers with adapter: mote; got {type(base).__name__}. "
                 "Set lora_target_linear: true."
+            )
+        largest = max(cast(Any, base).in_features, cast(Any, base).out_features)
+        if lora_config.r > largest:
+            raise ValueError(
+                f"r must be at most {largest}, the larger side of a layer that it adapts; got {lora_config.r}. "
+                "Use the value that training wrote, or a smaller one."
             )
         return MoteLinear(target, adapter_name, lora_config, self.routing)
 
@@ -210,20 +212,10 @@ class MoteModel(LoraModel):
             decoder = cast(nn.Module, self.model.get_decoder())
             hidden = decoder(**kwargs, use_cache=False).last_hidden_state
             model.keep_routing(hidden)
-            losses = token_losses(hidden, targets, self._logits, self._vocab_size, self.chunked_loss, scored)
+            base = cast(PreTrainedModel, self.model)
+            head = None if self.gathered is None else base.get_output_embeddings().held(self.gathered)
+            losses = token_losses(hidden, targets, logits_path(base, head), self._vocab_size, scored)
         return CausalLMOutputWithPast(loss=losses)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """The head and what a model does to its output: (N, D) -> (N, V)."""
-        config = self.model.config.get_text_config()
-        logits: Tensor = cast(nn.Module, self.model.get_output_embeddings())(hidden)
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * factor
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / divisor
-        return logits
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Step-routed experts have no single merged weight."""
@@ -236,6 +228,19 @@ class MoteModel(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Step-routed experts have no single merged weight."""
         refuse_merge()
+
+
+def _refuse_used_markers(model: PreTrainedModel, config: MoteConfig) -> None:
+    for settings in (model.config.get_text_config(), model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(settings, name, None)
+            for token in ids if isinstance(ids, list) else [ids]:
+                if token in config.marker_ids:
+                    marker = config.markers[config.marker_ids.index(token)]
+                    raise ValueError(
+                        f"marker_ids must be tokens that nothing else uses; got {token}, {marker}, which is also "
+                        f"the base model's {name}. Rename the step."
+                    )
 
 
 def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -298,7 +303,7 @@ def add_mote_adapter(
     config: MoteConfig,
     marker_words: list[list[int]] | None = None,
     *,
-    gathered: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
+    gathered: Gathered = nullcontext,
     **kwargs: Any,
 ) -> PeftModel:
     """Add a fresh MoTE adapter to a model.
@@ -356,3 +361,4 @@ def adapter_disabled(model: Any) -> Iterator[None]:
 
 
 register_peft_type(PEFT_TYPE, MoteConfig, MoteModel)
+save_adapter_alone(PEFT_TYPE)

@@ -9,6 +9,7 @@ training.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, cast
 
 import torch
@@ -64,14 +65,21 @@ def prepare_attention(model: PreTrainedModel) -> None:
         NotImplementedError: If a layer does not attend, or is of an unknown kind.
     """
     check_attention(model.config)
-    layers = model.get_decoder().layers
-    if carries_state(model) or not all(any(find_attention_modules(layer)) for layer in layers):
+    decoder = model.get_decoder()
+    reason = None
+    if carries_state(model):
+        reason = "carries a state that no mask reaches"
+    elif "position_ids" not in inspect.signature(decoder.forward).parameters:
+        reason = "takes no position_ids: positions could not follow what a token sees"
+    elif not all(any(find_attention_modules(layer)) for layer in _layers(decoder)):
+        reason = "has layers with an attention of their own, or none"
+    if reason is not None:
         raise NotImplementedError(
-            f"mote.step_dropout must run on models that only attend; got {type(model).__name__}, which also carries a "
-            "state that no mask reaches. Set mote.step_dropout: 0."
+            "mote.step_dropout must run on models whose layers attend through transformers' attention interface; got "
+            f"{type(model).__name__}, which {reason}. Set mote.step_dropout: 0."
         )
     name = attention_implementation(model.config)
-    attending = find_attention_modules(model.get_decoder())
+    attending = find_attention_modules(decoder)
     names = {
         attention_implementation(cast(PretrainedConfig, module.config))
         for module in attending
@@ -84,6 +92,13 @@ def prepare_attention(model: PreTrainedModel) -> None:
         )
     if name in FLASH:  # hub kernels are registered while the model is loaded
         intercept_attention(name, _flash_segmented)
+
+
+def _layers(decoder: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder: its only list of modules, or the one called ``layers``; else the decoder itself."""
+    lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
+    found = lists.get("layers") or (next(iter(lists.values())) if len(lists) == 1 else [decoder])
+    return list(found)
 
 
 def check_attention(config: PretrainedConfig) -> None:

@@ -10,14 +10,17 @@ Upstream: peft/tuners/tuners_utils.py, ``BaseTuner`` and ``BaseTunerLayer``; pef
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import peft.peft_model
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import PeftType, register_peft_method
+from peft.utils import PeftType, register_peft_method, save_and_load
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 
@@ -46,6 +49,7 @@ __all__ = [
     "attention_implementation",
     "carries_state",
     "cast_input",
+    "copy_on_tensors",
     "find_attention_modules",
     "flash_attention_forward",
     "get_target_dtype",
@@ -54,6 +58,7 @@ __all__ = [
     "move_adapter",
     "prepare_compilation",
     "register_peft_type",
+    "save_adapter_alone",
     "supports_flex_attention",
 ]
 
@@ -91,6 +96,20 @@ class _OnRecompileLimit(logging.Handler):
             self.on_fallback(record.getMessage())
 
 
+def copy_on_tensors(layer: nn.Module) -> nn.Module:
+    """A layer without children, again, whose parameters are plain tensors on the same storage.
+
+    Works around: torch offers no view of a module. ``torch.func.functional_call`` runs its hooks, and DeepSpeed frees a
+    parameter by giving it another tensor, so only a tensor of one's own keeps the values.
+    Upstream: torch/nn/modules/module.py, ``Module._parameters``; deepspeed/runtime/zero/partition_parameters.py,
+    ``free_param``.
+    """
+    twin = copy.copy(layer)
+    values = {name: None if value is None else value.data for name, value in layer._parameters.items()}
+    twin.__dict__["_parameters"] = values
+    return twin
+
+
 # --- peft -----------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +129,39 @@ def register_peft_type(name: str, config_cls: type, model_cls: type) -> None:
     PeftType._member_names_.append(name)
     type.__setattr__(PeftType, name, member)
     register_peft_method(name=name.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)  # type: ignore[attr-defined]
+
+
+def save_adapter_alone(name: str) -> None:
+    """Keep the base model's tables out of the state of adapters of a type. Calling it twice changes nothing.
+
+    Works around: PEFT saves both tables whole if ``config.vocab_size`` is not that of the base model's file. AutoPeft
+    resizes the base to the saved tokenizer, so that a loaded adapter would grow when it is saved again. PEFT chooses by
+    its own list of types, and offers no hook.
+    Upstream: peft/utils/save_and_load.py, ``get_peft_model_state_dict``; peft/auto.py.
+    """
+    original = save_and_load.get_peft_model_state_dict
+    if hasattr(original, "leaves_tables_out"):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def adapter_state(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        values = given.arguments
+        if values["model"].peft_config[values["adapter_name"]].peft_type == name:
+            if values["save_embedding_layers"] is True:
+                raise ValueError(
+                    f"save_embedding_layers must not be true with a {name} adapter, which trains no rows but those of "
+                    "its markers. Leave it out, and save the base model itself."
+                )
+            values["save_embedding_layers"] = False
+        state: dict[str, Tensor] = original(*given.args, **given.kwargs)
+        return state
+
+    adapter_state.leaves_tables_out = True  # type: ignore[attr-defined]
+    for module in (save_and_load, peft.utils, peft, peft.peft_model):
+        module.get_peft_model_state_dict = adapter_state
 
 
 def cast_input(layer: BaseTunerLayer, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,17 +6,91 @@ here. No YAML, no tokenizer, no model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Self, cast, get_type_hints
 
 from peft import LoraConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from axolotl_mote.chain.steps import DEFAULT_STEPS, markers, validate_steps
 from axolotl_mote.chain.vocabulary import StepVocabulary
 
 PEFT_TYPE = "MOTE"
 QUESTION_ROUTINGS = ("random", "mean", "shared")
+
+_LIMITS: dict[str, Any] = {"r": Field(ge=1), "lora_dropout": Field(ge=0, lt=1)}
+_TYPES: dict[str, Any] = {
+    "init_lora_weights": bool | str,
+    "rank_pattern": dict[str, int],
+    "alpha_pattern": dict[str, float],
+    "trainable_token_indices": Annotated[list[int] | dict[str, list[int]], Field(min_length=1)] | None,
+}
+"""Fields that PEFT's annotation describes too widely, or too narrowly."""
+
+_VARIANTS = (
+    "use_dora",
+    "use_rslora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "layer_replication",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "lora_ga_config",
+    "megatron_config",
+    "monteclora_config",
+    "velora_config",
+)
+"""Options of PEFT's LoRA that have no meaning with experts, or no test; not every version of PEFT has all of them."""
+
+
+@functools.cache
+def _schema(kind: type[LoraConfig]) -> type[BaseModel]:
+    """The fields of a configuration with their annotated types; all may be absent."""
+    types = get_type_hints(kind) | _TYPES
+    members: dict[str, Any] = {
+        one.name: (Annotated[types[one.name], _LIMITS.get(one.name, Field())], None) for one in fields(kind)
+    }
+    return create_model(kind.__name__, __config__=ConfigDict(strict=True), **members)
+
+
+def check_values(kind: type[LoraConfig], values: Mapping[str, Any]) -> None:
+    """Check values of an adapter's configuration against the types of its fields, as adapter_config.json holds them.
+
+    PEFT takes whatever the file says, and fails or goes wrong later.
+
+    Args:
+        kind: The configuration's class.
+        values: What is given; unknown keys are ignored. Sets and tuples count as lists.
+
+    Raises:
+        ValueError: If a value has another type, or a rank or dropout is out of range.
+    """
+    try:
+        _schema(cast(Any, kind)).model_validate_json(json.dumps(values, default=_as_json))
+    except ValidationError as error:
+        rules: dict[str, dict[str, None]] = {}
+        for fault in error.errors():
+            rules.setdefault(str(fault["loc"][0]), {})[fault["msg"].replace("Input should", "must")] = None
+        faults = [f"{key} {' or '.join(said)}; got {values[key]!r:.100}" for key, said in rules.items()]
+        raise ValueError(f"{'; '.join(faults)}. Use the value that training wrote.") from error
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, set | frozenset) else str(value)
 
 
 @dataclass
@@ -44,6 +118,8 @@ class MoteConfig(LoraConfig):
     question_routing: str = "random"
 
     def __post_init__(self) -> None:
+        check_values(type(self), self.to_dict())
+        self._refuse_variants()
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
         self.task_type: str = getattr(self, "task_type", None) or "CAUSAL_LM"  # without one PEFT bypasses our forward
@@ -51,12 +127,13 @@ class MoteConfig(LoraConfig):
         self.markers = list(self.markers) or markers(self.steps)
         if len(self.markers) != 2 * len(self.steps):
             raise ValueError(
-                f"markers must hold a start and an end for each of {self.steps}; got {self.markers}. "
+                f"markers must hold a start and an end for each of the steps {self.steps}; got {self.markers}. "
                 "Use the adapter_config.json that training wrote."
             )
-        if self.marker_ids and (len(set(self.marker_ids)) != 2 * len(self.steps)):
+        count = 2 * len(self.steps)
+        if self.marker_ids and not (len(self.marker_ids) == len({i for i in self.marker_ids if i >= 0}) == count):
             raise ValueError(
-                f"marker_ids must hold {2 * len(self.steps)} different ids for {self.markers}; got {self.marker_ids}. "
+                f"marker_ids must hold {count} different ids for {self.markers}; got {self.marker_ids}. "
                 "Use the adapter_config.json that training wrote."
             )
         if not 0.0 <= self.expert_weight <= 1.0:
@@ -66,21 +143,27 @@ class MoteConfig(LoraConfig):
                 f"question_routing must be one of {QUESTION_ROUTINGS}; got {self.question_routing!r}. "
                 "Use 'random' for the paper's setting."
             )
-        self._refuse_variants()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> Self:
+        """Read adapter_config.json.
+
+        Raises:
+            ValueError: If a value in it is wrong; the message begins with the file.
+        """
+        try:
+            config: Self = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except ValueError as error:
+            place = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
+            raise ValueError(f"{place}: {error}") from error
+        return config
 
     def _refuse_variants(self) -> None:
-        refused: dict[str, Any] = {
-            "use_dora": self.use_dora,
-            "use_rslora": self.use_rslora,
-            "lora_bias": self.lora_bias,
+        refused = {name: bool(getattr(self, name, None)) for name in _VARIANTS}
+        refused |= {
             "bias": self.bias != "none",
-            "rank_pattern": self.rank_pattern,
-            "alpha_pattern": self.alpha_pattern,
-            "layer_replication": self.layer_replication,
-            "target_parameters": self.target_parameters,
-            "modules_to_save": self.modules_to_save,
-            "trainable_token_indices": self.trainable_token_indices,
-            "fan_in_fan_out": self.fan_in_fan_out,
             "init_lora_weights": self.init_lora_weights not in (True, False, "gaussian"),
         }
         for name, used in refused.items():

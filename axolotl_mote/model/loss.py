@@ -100,7 +100,6 @@ def token_losses(
     targets: Tensor,
     head: Callable[[Tensor], Tensor],
     vocab_size: int,
-    chunked: bool = True,
     scored: Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood of every target, float32, in chunks of tokens.
@@ -110,7 +109,6 @@ def token_losses(
         targets: Shifted labels, shape (B, T); -100 gives 0.
         head: (N, D) -> logits (N, V).
         vocab_size: V, for the chunk size.
-        chunked: Hold the logits of at most ``chunk_size`` tokens; False calls the head once, on all tokens.
         scored: Run on these tokens alone, from ``scored_positions``, shape (N,); None means on all.
 
     Returns:
@@ -118,7 +116,7 @@ def token_losses(
     """
     if scored is not None:
         chosen = hidden.flatten(0, 1).index_select(0, scored).unsqueeze(0)
-        losses = token_losses(chosen, targets.flatten()[scored].unsqueeze(0), head, vocab_size, chunked)[0]
+        losses = token_losses(chosen, targets.flatten()[scored].unsqueeze(0), head, vocab_size)[0]
         return torch.zeros(targets.numel(), device=losses.device).scatter(0, scored, losses).view_as(targets)
     flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
     chunk = chunk_size(vocab_size)
@@ -126,7 +124,7 @@ def token_losses(
     def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
 
-    if not chunked or flat.shape[0] <= chunk:
+    if flat.shape[0] <= chunk:
         losses = chunk_loss(flat, flat_targets)
     else:
         losses = torch.cat(

@@ -6,14 +6,19 @@ logits out; no steps, no routing, no tokenizer.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from axolotl_mote.model.compat import init_tuner_layer, move_adapter
+from axolotl_mote.model.compat import copy_on_tensors, init_tuner_layer, move_adapter
+
+Gathered = Callable[[Tensor], AbstractContextManager[object]]
+"""Makes a parameter readable inside a block, where DeepSpeed ZeRO-3 has partitioned it."""
 
 
 def refuse_merge() -> NoReturn:
@@ -139,13 +144,56 @@ class MarkerHead(_MarkerLayer):
         """Logits, (..., D) -> (..., max(V, last marker id + 1)); ids without a row anywhere get minus infinity."""
         logits: Tensor = self.base_layer(hidden)
         adapter = self.enabled_adapter
-        if adapter is None:
-            return logits
-        ids = self.marker_ids[adapter]
-        markers = self._rows(adapter)(hidden, as_head=True).to(logits.dtype)
+        return logits if adapter is None else self._join(logits, self._rows(adapter)(hidden, as_head=True), adapter)
+
+    def _join(self, logits: Tensor, markers: Tensor, adapter: str) -> Tensor:
+        """Put the logits of an adapter's markers, shape (..., 2S), into the base model's, shape (..., V)."""
+        ids, markers = self.marker_ids[adapter], markers.to(logits.dtype)
         if ids == list(range(logits.shape[-1], logits.shape[-1] + len(ids))):
             return torch.cat([logits, markers], dim=-1)  # the common case, with one copy instead of two
         missing = max(ids) + 1 - logits.shape[-1]
         if missing > 0:
             logits = F.pad(logits, (0, missing), value=float("-inf"))
         return logits.index_copy(-1, self._ids(adapter, logits.device), markers)
+
+    def held(self, gathered: Gathered) -> nn.Module:
+        """This head with the weights of the active adapter and of the base layer read once, now.
+
+        DeepSpeed ZeRO-3 gathers a module's weights for every call, from all ranks, so all of them must call it equally
+        often; for a call that is repeated in the backward pass it does not gather them. What this returns may be called
+        any number of times. The weights stay gathered as long as something refers to it.
+
+        Args:
+            gathered: Context manager that makes a partitioned parameter readable.
+        """
+        return _HeldHead(self, gathered)
+
+
+class _HeldHead(nn.Module):
+    head: MarkerHead
+    layer: nn.Module
+    rows: Tensor | None
+
+    def __init__(self, head: MarkerHead, gathered: Gathered) -> None:
+        super().__init__()
+        base, adapter, rows = head.base_layer, head.enabled_adapter, None
+        with ExitStack() as stack:
+            for parameter in base.parameters():
+                stack.enter_context(gathered(parameter))
+            layer = copy_on_tensors(base)
+        if adapter is not None:  # the rows are trained: their module is called, once too, and gives them a gradient
+            one_hot = torch.eye(len(head.marker_ids[adapter]), device=cast(Tensor, layer.weight).device)
+            rows = head._rows(adapter)(one_hot, as_head=False)
+        # Not children: nothing of this is to be registered, and no hook is to see its calls.
+        self.__dict__.update(head=head, layer=layer, rows=rows)
+
+    @property
+    def weight(self) -> Tensor:
+        return cast(Tensor, self.layer.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.layer.forward(hidden)
+        rows, adapter = self.rows, self.head.enabled_adapter
+        if rows is None or adapter is None:
+            return logits
+        return self.head._join(logits, F.linear(hidden, rows.to(hidden.dtype)), adapter)

@@ -47,6 +47,7 @@ class Routing(SegmentsHolder):
         configs: Configuration of every adapter, by name.
         gate: Weight of every rank for every token of the current forward, shape (B, T, R), float32; None outside of
             forwards, and in one whose adapter is disabled.
+        step_ids: Steps of all tokens so far, the cached ones too, while ``generate`` continues a cache; else None.
         lock: Held by a forward while it runs. Hold it to run several forwards in one state.
         seed: Seed of the random draws (question routing, step dropout).
         step: Optimizer step; draws change with it. A training loop of your own sets it before each forward.
@@ -57,6 +58,7 @@ class Routing(SegmentsHolder):
         self.configs: dict[str, MoteConfig] = {}
         self.active: str | None = None
         self.gate: Tensor | None = None
+        self.step_ids: Tensor | None = None
         self.lock = threading.RLock()
         self.seed = 0
         self.step = 0
@@ -65,7 +67,7 @@ class Routing(SegmentsHolder):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle starts between two forwards, with a lock of its own.
-        return {**self.__dict__, "lock": None, "gate": None, "segments": None}
+        return {**self.__dict__, "lock": None, "gate": None, "segments": None, "step_ids": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=threading.RLock())
@@ -100,6 +102,36 @@ class Routing(SegmentsHolder):
         if self._tables[name].device != step_ids.device:
             self._tables[name] = self._tables[name].to(step_ids.device)
         self.gate = F.embedding(step_ids, self._tables[name])
+
+    def gate_of(self, x: Tensor) -> Tensor:
+        """Gate of the tokens that a layer runs on, (..., D) -> (..., R).
+
+        Latent attention caches what its up-projection takes, so that layer runs on all tokens, the cached ones too.
+
+        Args:
+            x: The layer's input: the tokens of the forward, in one dimension or two, or all tokens of the cache, which
+                may have room for more.
+
+        Raises:
+            RuntimeError: If the layer runs on anything else.
+        """
+        gate, tokens = self.gate, x.shape[:-1].numel()
+        if gate is None:
+            raise RuntimeError(
+                "The tokens must be routed before a layer runs; got none. Call the model itself, not its decoder or "
+                "its forward method."
+            )
+        if tokens == gate.shape[:-1].numel():
+            return gate if x.dim() == 3 else gate.reshape(*x.shape[:-1], gate.shape[-1])
+        rows = gate.shape[0]
+        if self.step_ids is None or tokens % rows or tokens // rows < self.step_ids.shape[1]:
+            raise RuntimeError(
+                f"A layer with experts must run on the tokens of the forward; got an input of shape {tuple(x.shape)} "
+                f"for {tuple(gate.shape[:-1])} tokens. Leave it out of lora_target_modules; with a cache that is "
+                "continued by hand, call generate instead."
+            )
+        step_ids = F.pad(self.step_ids, (0, tokens // rows - self.step_ids.shape[1]))
+        return F.embedding(step_ids, self._tables[cast(str, self.active)]).reshape(*x.shape[:-1], gate.shape[-1])
 
     def restore_before(self, output: Tensor) -> None:
         """Bring the current state back when the backward pass of an output begins, for layers that run again."""
@@ -188,6 +220,10 @@ class RoutedModel(_Base):
         step_ids = kwargs.pop("step_ids", None)
         routing.active = _active_adapter(self)
         routing.segments = None
+        cache: Any = kwargs.get("past_key_values")
+        routing.step_ids = getattr(cache, "mote_step_ids", None)
+        if routing.step_ids is not None and not torch.compiler.is_compiling():
+            cache.mote_step_ids = None  # of this forward; whoever continues the cache by hand has other tokens
         if routing.active is None:
             routing.gate = None
             return
@@ -197,7 +233,6 @@ class RoutedModel(_Base):
                 raise ValueError(
                     "input_ids must be given: the tokens are the router; got none. Pass input_ids or step_ids."
                 )
-            cache = kwargs.get("past_key_values")
             if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError(
                     "step_ids must be given when input_ids continue a cache; got tokens without their history. "
@@ -245,19 +280,17 @@ class RoutedModel(_Base):
         name = _active_adapter(self)
         if name is None:
             return cast("dict[str, Any]", super().prepare_inputs_for_generation(input_ids, *args, **kwargs))
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != input_ids.shape[1]:
-            raise ValueError(
-                "input_ids must hold the whole sequence, not only what continues a cache, because the tokens are the "
-                f"router; got {input_ids.shape[1]} of {mask.shape[1]} tokens. Pass all of them, and no "
-                "prefill_chunk_size."
-            )
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if inputs.get("input_ids") is None:
             raise ValueError("input_ids must be given: the tokens are the router; got none. Pass input_ids.")
-        fed = inputs["input_ids"].shape[1]
+        fed, cache = inputs["input_ids"].shape[1], inputs.get("past_key_values")
+        if cache is not None:
+            _check_whole(input_ids.shape[1], fed, cache, bool(kwargs.get("is_first_iteration")))
         vocabulary = self.mote_routing.configs[name].vocabulary
-        inputs["step_ids"] = step_ids_from_tokens(input_ids, vocabulary)[:, -fed:]
+        step_ids = step_ids_from_tokens(input_ids, vocabulary)
+        inputs["step_ids"] = step_ids[:, -fed:]
+        if cache is not None:
+            cache.mote_step_ids = step_ids  # for layers that run on cached tokens again; see ``gate_of``
         return inputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -287,8 +320,33 @@ class RoutedModel(_Base):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class exists only in this process; a pickle names the one it was made from.
-        reduced = super().__reduce_ex__(protocol)
-        return (_new_routed, (_original_class(type(self)),), *cast("tuple[Any, ...]", reduced)[2:])
+        state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))[2]
+        state = {**state, "true_vocab_size": _true_vocabulary(self.config)}
+        return _new_routed, (_original_class(type(self)),), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        size = state.pop("true_vocab_size")
+        super().__setstate__(state)
+        config = self.config.get_text_config()
+        with _WIDE_LOCK:
+            if id(config) not in _WIDE:  # a copy, made while another thread generated
+                config.vocab_size = size
+
+
+def _check_whole(length: int, fed: int, cache: Any, is_first: bool) -> None:
+    """Check that ``length`` tokens are those in a cache and the ``fed`` ones that continue it."""
+    try:
+        cached = cache.get_seq_length()
+    except ValueError:  # a cache of states alone, which has no length
+        return
+    # A static cache counts on the device. Only where tokens could be missing is it worth waiting for that.
+    if (isinstance(cached, int) or fed > 1 or is_first) and int(cached) + fed != length:
+        raise ValueError(
+            "input_ids must hold the whole sequence, not only what continues a cache, because the tokens are the "
+            f"router; got {length} tokens for {int(cached)} in the cache and {fed} to feed. Pass all of them, and no "
+            "prefill_chunk_size."
+        )
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -342,6 +400,13 @@ def _new_routed(cls: Any) -> Any:
 
 _WIDE: dict[int, tuple[int, int]] = {}  # id of a configuration -> generations in progress, the size to go back to
 _WIDE_LOCK = threading.Lock()
+
+
+def _true_vocabulary(config: PretrainedConfig) -> int:
+    """The ``vocab_size`` that a configuration has outside of ``_wide_vocabulary``."""
+    config = config.get_text_config()
+    with _WIDE_LOCK:
+        return _WIDE[id(config)][1] if id(config) in _WIDE else int(config.vocab_size)
 
 
 @contextmanager

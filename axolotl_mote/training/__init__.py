@@ -6,6 +6,7 @@ The modules, each importing only those before it:
     args         the `mote:` block, and the keys that do not work with it
     base_model   the base model: quantization, attention, compilation
     dataset      `type: axolotl_mote.chain`: files checked, rows encoded
+    template     `chat_template_kwargs`, fixed in the chat template
     trainer      the loss by step, its item count and its metrics
     card         the model card in the adapter's folder
     plugin       MotePlugin: the hooks, wiring only

@@ -6,10 +6,12 @@ key, its value and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from axolotl_mote.chain.codec import ROLES
 from axolotl_mote.chain.steps import DEFAULT_STEPS, reasoning_steps, validate_steps
 
 CHAIN_TYPE = "axolotl_mote.chain"
@@ -141,11 +143,42 @@ REFUSED_WITH_CHAINS: dict[str, str] = {
     "streaming": "Chains are checked before anything is trained. Remove it.",
     "pretraining_dataset": "Chains are checked before anything is trained. Use datasets.",
     "train_on_inputs": "The loss is on the steps, never on the question. Remove it.",
+    "eot_tokens": "The end of the turn is read off the chat template. Remove it.",
     "use_eaft": "It would replace the loss of the steps. Remove it.",
-    "chat_template_kwargs": "Questions are encoded without them, at inference too. Write them into the template.",
+    "push_dataset_to_hub": "Prepared data on the hub is found by file names, whatever the files hold. Remove it.",
     "skip_prepare_dataset": "Chains must be encoded. Remove it.",
     "trainer_cls": "The loss of the steps needs the plugin's trainer. Remove it.",
     **dict.fromkeys(LOSSES, "The loss of the steps replaces it. Remove it."),
+}
+# Keys of an entry under `datasets:` with chain data. axolotl reads these before it hands over the rows.
+LOADING_KEYS = (
+    *("path", "name", "split", "revision", "data_files", "ds_type", "type", "trust_remote_code"),
+    *("shards", "shards_idx", "preprocess_shards"),
+)
+COLUMN_KEYS: dict[str, str] = {
+    "field_messages": "column that holds the dialogue, instead of `messages`",
+    "message_property_mappings": "keys of a turn, instead of `role` and `content`: `{role: from, content: value}`",
+    "roles": "names of roles in the rows: `{user: [human], assistant: [gpt]}`",
+    "message_field_role": "older spelling of `message_property_mappings: {role: ...}`",
+    "message_field_content": "older spelling of `message_property_mappings: {content: ...}`",
+}
+_COLUMNS = "The columns of a chain are messages, see field_messages, and one per step, named in mote.steps. Remove it."
+_ONE_TEMPLATE = "An adapter has one chat template. Set chat_template at the top level."
+_TRAINED = "The steps and the end of the turn are trained, never the question. Remove it."
+REFUSED_IN_DATASETS: dict[str, str] = {
+    "chat_template": _ONE_TEMPLATE,
+    "chat_template_jinja": _ONE_TEMPLATE,
+    **dict.fromkeys(("roles_to_train", "train_on_eos", "train_on_eot"), _TRAINED),
+    **dict.fromkeys(("message_field_training", "message_field_training_detail"), _TRAINED),
+    **dict.fromkeys(("field", "field_human", "field_model", "logprobs_field"), _COLUMNS),
+    **dict.fromkeys(("conversation", "input_format", "input_transform"), _COLUMNS),
+    "field_tools": "Only role and content of a turn reach the chat template. Write the tools into a system turn.",
+    **dict.fromkeys(
+        ("field_thinking", "template_thinking_key", "split_thinking"),
+        "Only role and content of a turn reach the chat template. Make the reasoning a step.",
+    ),
+    "drop_system_message": "Inference would not drop it. Remove the system turns from the rows.",
+    "temperature": "The loss of the steps has none. Remove it.",
 }
 # By the last part of their name in `plugins:`; each would replace the trainer or the loss, or train base weights.
 REFUSED_PLUGINS: dict[str, str] = {
@@ -175,11 +208,21 @@ class MoteArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_other_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("adapter") == "mote":
-            check_config(data)
-        elif isinstance(data, dict):
-            check_baseline(data)
+        if isinstance(data, dict):
+            check(data)
         return data
+
+
+def check(cfg: dict[str, Any]) -> None:
+    """Check a raw configuration of any adapter.
+
+    Raises:
+        ValueError: For the first key that does not work with `adapter: mote`, or with chain data.
+    """
+    if cfg.get("adapter") == "mote":
+        check_config(cfg)
+    else:
+        check_baseline(cfg)
 
 
 def read_options(cfg: Any) -> MoteOptions:
@@ -190,13 +233,48 @@ def read_options(cfg: Any) -> MoteOptions:
     return MoteOptions(**(block.to_dict() if hasattr(block, "to_dict") else dict(block)))
 
 
+def data_entries(cfg: Any) -> dict[str, dict[str, Any]]:
+    """The entries under `datasets:` and `test_datasets:`, by where they stand, such as `datasets[0]`."""
+    found = {}
+    for key in ("datasets", "test_datasets"):
+        for number, entry in enumerate(cfg.get(key) or []):
+            # axolotl turns them into models of its own while it validates
+            values = entry.model_dump(exclude_none=True) if isinstance(entry, BaseModel) else entry
+            if isinstance(values, Mapping):
+                found[f"{key}[{number}]"] = dict(values)
+    return found
+
+
+def chain_entries(cfg: Any) -> dict[str, dict[str, Any]]:
+    """Those of `data_entries` that name chain data."""
+    return {where: entry for where, entry in data_entries(cfg).items() if entry.get("type") == CHAIN_TYPE}
+
+
+def _check_entry(where: str, entry: dict[str, Any]) -> None:
+    for key, value in entry.items():
+        if key in REFUSED_IN_DATASETS and value:
+            raise ValueError(
+                f"{where}.{key} must not be set with chain data; got {value!r}. {REFUSED_IN_DATASETS[key]}"
+            )
+        if key not in {*LOADING_KEYS, *COLUMN_KEYS, *REFUSED_IN_DATASETS}:
+            raise ValueError(
+                f"{where}.{key} is no key of chain data; got {value!r}. Correct its spelling or remove it."
+            )
+    for key, known in (("message_property_mappings", ("role", "content")), ("roles", ROLES)):
+        for name in entry.get(key) or {}:
+            if name not in known:
+                raise ValueError(
+                    f"{where}.{key} must name {' or '.join(known)} with chain data; got {name!r}. Remove it."
+                )
+
+
 def check_baseline(cfg: dict[str, Any]) -> None:
     """Check that another adapter ignores no option of `mote:`; steps and loss weights work with every adapter.
 
     Raises:
         ValueError: For the first such option.
     """
-    if any(entry.get("type") == CHAIN_TYPE for entry in cfg.get("datasets") or [] if isinstance(entry, dict)):
+    if chain_entries(cfg):
         _check_data_options(cfg)
     for key in ("expert_weight", "question_routing", "step_dropout", "compile"):
         if key in (cfg.get("mote") or {}):
@@ -207,6 +285,8 @@ def check_baseline(cfg: dict[str, Any]) -> None:
 
 
 def _check_data_options(cfg: dict[str, Any]) -> None:
+    for where, entry in chain_entries(cfg).items():
+        _check_entry(where, entry)
     for key, remedy in REFUSED_WITH_CHAINS.items():
         if cfg.get(key):
             raise ValueError(f"{key} must not be set with chain data; got {cfg[key]!r}. {remedy}")
@@ -233,6 +313,12 @@ def check_config(cfg: dict[str, Any]) -> None:
         if cfg.get(key):
             raise ValueError(f"{key} must not be set with adapter: mote; got {cfg[key]!r}. {remedy}")
     _check_data_options(cfg)
+    if data_entries(cfg) and not chain_entries(cfg) and not cfg.get("inference"):
+        types = sorted({str(entry.get("type")) for entry in data_entries(cfg).values()})
+        raise ValueError(
+            f"datasets must hold chain data with adapter: mote; got type {', '.join(types)} only. Rows without steps "
+            f"train no expert for any step. Use type: {CHAIN_TYPE}, or adapter: lora."
+        )
     for key in REFUSED_ABOVE_ONE:
         if (cfg.get(key) or 1) > 1:
             raise ValueError(

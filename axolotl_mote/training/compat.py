@@ -83,6 +83,28 @@ def gathered(parameter: Tensor) -> Iterator[None]:
         yield
 
 
+def encode_chains_with_token_columns(chain_type: str) -> None:
+    """Have axolotl encode chain data that also has the columns of tokenized rows; ``undo_patches`` reverts it.
+
+    Works around: axolotl takes rows with `input_ids`, `attention_mask` and `labels` as they are, whatever their type.
+    Upstream: axolotl/utils/data/wrappers.py, ``get_dataset_wrapper``, as axolotl/utils/data/sft.py calls it.
+
+    Args:
+        chain_type: The `type` of chain data.
+    """
+    from axolotl.utils.data import sft
+
+    wrap = sft.get_dataset_wrapper
+
+    def get_dataset_wrapper(*, dataset_config: Any, dataset: Any, **options: Any) -> Any:
+        if dataset_config.type == chain_type:
+            taken = {"input_ids", "attention_mask", "labels"} & set(dataset.column_names)
+            dataset = dataset.remove_columns(sorted(taken))
+        return wrap(dataset_config=dataset_config, dataset=dataset, **options)
+
+    _patch(sft, "get_dataset_wrapper", get_dataset_wrapper)
+
+
 # --- transformers' trainer, as axolotl builds on it -----------------------------------------------------------------
 
 
@@ -130,12 +152,14 @@ def trains_alone_on_cpu(cfg: Any) -> bool:
     return alone and not torch.accelerator.is_available()
 
 
-_patched: list[tuple[type, str, Any]] = []
+_patched: dict[tuple[Any, str], Any] = {}
 
 
-def _patch(owner: type, name: str, replacement: Any) -> None:
-    _patched.append((owner, name, getattr(owner, name)))
-    setattr(owner, name, replacement)
+def _patch(owner: Any, name: str, replacement: Any) -> None:
+    """Replace an attribute of a class or module, once."""
+    if (owner, name) not in _patched:
+        _patched[owner, name] = getattr(owner, name)
+        setattr(owner, name, replacement)
 
 
 def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
@@ -153,7 +177,7 @@ def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
     import torch
     from accelerate.state import DistributedType, PartialState
 
-    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2 or _patched:
+    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     from axolotl.loaders.model import ModelLoader
 
@@ -183,7 +207,7 @@ def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
 
 
 def undo_patches() -> None:
-    """Put everything back that ``enable_gloo_for_cpu_processes`` has replaced."""
-    while _patched:
-        owner, name, original = _patched.pop()
+    """Put everything back that this module has replaced."""
+    for (owner, name), original in _patched.items():
         setattr(owner, name, original)
+    _patched.clear()

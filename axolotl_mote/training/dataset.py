@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from jinja2 import TemplateError
 
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.rows import ChainDataError, check_rows
 from axolotl_mote.chain.steps import chain_form
-from axolotl_mote.files import read_jsonl
+from axolotl_mote.chain.templates import open_block, way_to_close
+from axolotl_mote.files import raise_faults, read_jsonl
 from axolotl_mote.training.args import read_options
 
 LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
@@ -20,8 +25,68 @@ LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its h
 _COLORS = ("default", "yellow", "cyan", "green", "magenta", "blue", "red")
 
 
-def check_file(path: Path, steps: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class Columns:
+    """Where the rows of a data set keep the dialogue.
+
+    Args:
+        messages: Column of the turns.
+        role: Key of a turn that holds its role.
+        content: Key of a turn that holds its text.
+        roles: Role in the rows -> ours, of those that differ.
+    """
+
+    messages: str = "messages"
+    role: str = "role"
+    content: str = "content"
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Self:
+        """The columns that an entry under `datasets:` names."""
+        keys = entry.get("message_property_mappings") or {}
+        return cls(
+            entry.get("field_messages") or "messages",
+            keys.get("role") or "role",
+            keys.get("content") or "content",
+            {theirs: ours for ours, names in (entry.get("roles") or {}).items() for theirs in names},
+        )
+
+    def read(self, row: Any) -> Any:
+        """A row with its dialogue in `messages`, as {role, content}; what is no row, or no turn, stays as it is."""
+        if not isinstance(row, Mapping):
+            return row
+        turns = row.get(self.messages)
+        if not isinstance(turns, Sequence) or isinstance(turns, str):
+            return {**row, "messages": turns}
+        return {**row, "messages": [self._turn(turn) for turn in turns]}
+
+    def _turn(self, turn: Any) -> Any:
+        if not isinstance(turn, Mapping):
+            return turn
+        role = turn.get(self.role)
+        return {
+            "role": self.roles.get(role, role) if isinstance(role, str) else role,
+            "content": turn.get(self.content),
+        }
+
+    def __str__(self) -> str:
+        """What to add to the name of the data set where a message speaks of its columns; empty for the usual ones."""
+        named = {"messages": self.messages, "role": self.role, "content": self.content}
+        other = [f"{ours} from {theirs!r}" for ours, theirs in named.items() if ours != theirs]
+        return f" ({', '.join(other)})" if other else ""
+
+
+PLAIN_COLUMNS = Columns()
+
+
+def check_file(path: Path, steps: Sequence[str], columns: Columns = PLAIN_COLUMNS) -> None:
     """Check a local .json or .jsonl file before any library reads it, so that faults name their rows.
+
+    Args:
+        path: The file.
+        steps: The steps to train.
+        columns: Where its rows keep the dialogue.
 
     Raises:
         ChainDataError: As ``check_rows``.
@@ -29,7 +94,7 @@ def check_file(path: Path, steps: Sequence[str]) -> None:
     rows = _read_json_list(path) if _holds_list(path) else list(read_jsonl(path))
     if not rows:
         raise ChainDataError(f"{path} must hold at least one chain; got none. Add rows.")
-    check_rows(rows, steps, str(path))
+    check_rows(((number, columns.read(row)) for number, row in rows), steps, f"{path}{columns}")
 
 
 def _holds_list(path: Path) -> bool:
@@ -59,19 +124,43 @@ def chain_strategy(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> Any:
 
     codec = ChainCodec(tokenizer, read_options(cfg).steps)
     _ = codec.vocabulary  # fails here, not at the first row, if the tokenizer does not know the markers
-    where = str((ds_cfg or {}).get("path") or "the data set")
+    entry = ds_cfg or {}
+    columns = Columns.of(entry)
+    where = str(entry.get("path") or "the data set")
+    if entry.get("shards"):  # axolotl shuffles first
+        where += f", shuffled with seed {cfg.seed}, shard {entry.get('shards_idx') or 0} of {entry['shards']}"
+    warn_of_open_block(tokenizer)
 
     class ChainStrategy(DatasetWrappingStrategy):
         def wrap_dataset(
             self, dataset: Any, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs: Any
         ) -> Any:
-            encoded = encode_dataset(dataset, codec, cfg.sequence_len, where, process_count, bool(keep_in_memory))
+            encoded = encode_dataset(
+                dataset, codec, cfg.sequence_len, where, process_count, bool(keep_in_memory), columns
+            )
             if cfg.debug:
                 for input_ids in encoded[:3]["input_ids"]:
                     show_routing(codec, input_ids)
             return encoded
 
     return ChainStrategy()
+
+
+def warn_of_open_block(tokenizer: Any) -> None:
+    """Warn if the generation prompt leaves a block such as ``<think>`` open, so that chains would stand inside it."""
+    try:
+        tag = open_block(tokenizer)
+    except TemplateError:  # it names the rows that it refuses
+        return
+    if tag is None:
+        return
+    closing = ", ".join(f"{name}: {str(value).lower()}" for name, value in (way_to_close(tokenizer) or {}).items())
+    remedy = f"Set chat_template_kwargs: {{{closing}}}." if closing else "Use a chat_template that closes it."
+    message = (
+        f"The generation prompt of the chat template opens {tag} and does not close it, so every chain would stand "
+        f"inside. {remedy}"
+    )
+    LOG.warning(message)
 
 
 def encode_dataset(
@@ -81,6 +170,7 @@ def encode_dataset(
     where: str = "the data set",
     process_count: int | None = None,
     keep_in_memory: bool = False,
+    columns: Columns = PLAIN_COLUMNS,
 ) -> Any:
     """Check and encode a data set of chain rows; chains longer than ``sequence_len`` are dropped and counted.
 
@@ -93,6 +183,7 @@ def encode_dataset(
         where: The data set's name, for messages.
         process_count: Worker processes; None for none.
         keep_in_memory: Leave the data set's cache files alone.
+        columns: Where the rows keep the dialogue.
 
     Returns:
         A data set of ``input_ids``, ``attention_mask`` and ``labels``, at most N rows.
@@ -101,17 +192,20 @@ def encode_dataset(
         ChainDataError: If a row has a fault, or if no chain is short enough.
     """
     steps = codec.steps
-    check_rows(enumerate(dataset, start=1), steps, where)
+    check_rows(enumerate(map(columns.read, dataset), start=1), steps, f"{where}{columns}")
     if not len(dataset):
         raise ChainDataError(f"{where} must hold at least one chain; got none. Add rows.")
     forms = Counter(chain_form(step for step in steps if (row.get(step) or "").strip()) for row in dataset)
     encoded = dataset.map(
-        codec.encode_chain,
+        partial(_encode_row, codec=codec, columns=columns),
         remove_columns=dataset.column_names,
         num_proc=process_count,
         keep_in_memory=keep_in_memory,
         desc="Encoding chains",
     )
+    refused = [f"row {number}: {fault}" for number, fault in enumerate(encoded["fault"], start=1) if fault]
+    raise_faults(refused, f"{where} holds {{faults}}; nothing was trained.", ChainDataError)
+    encoded = encoded.remove_columns("fault")
     kept = encoded.filter(
         lambda ids: len(ids) <= sequence_len, input_columns="input_ids", keep_in_memory=keep_in_memory
     )
@@ -130,6 +224,14 @@ def encode_dataset(
         "%s: kept %d of %d chains; chain forms of all: %s", where, len(kept), len(encoded), dict(forms.most_common())
     )
     return kept
+
+
+def _encode_row(row: Mapping[str, Any], codec: ChainCodec, columns: Columns) -> dict[str, Any]:
+    """An encoded row, or why the chat template refuses it."""
+    try:
+        return {**codec.encode_chain(columns.read(row)), "fault": ""}
+    except ValueError as error:
+        return {"input_ids": [0], "attention_mask": [0], "labels": [0], "fault": str(error)}  # of the usual types
 
 
 def show_routing(codec: ChainCodec, input_ids: Sequence[int]) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+from glob import glob
 from pathlib import Path
 from typing import Any
 
+from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.steps import markers
-from axolotl_mote.training.args import CHAIN_TYPE, MoteOptions, check_config, read_options
+from axolotl_mote.files import installed_versions
+from axolotl_mote.training.args import CHAIN_TYPE, MoteOptions, chain_entries, check, data_entries, read_options
 from axolotl_mote.training.base_model import compile_layers, prepare_base, quantize_through_model_kwargs
 from axolotl_mote.training.compat import (
     allow_embedding_resize,
     block_embedding_resize,
     enable_gloo_for_cpu_processes,
+    encode_chains_with_token_columns,
     find_embedding_layers,
     find_linear_layers,
     gathered,
@@ -24,6 +29,11 @@ from axolotl_mote.training.compat import (
     undo_patches,
     uses_zero3,
 )
+from axolotl_mote.training.template import fix_template
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+
+LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
 
 
 class MotePlugin(BasePlugin):
@@ -38,8 +48,10 @@ class MotePlugin(BasePlugin):
         if not _uses_mote_or_chains(cfg):
             return
         options = MoteOptions(**(cfg.get("mote") or {}))
+        check(cfg)
         if cfg.get("adapter") == "mote":
-            check_config(cfg)
+            if not cfg.get("inference"):
+                _warn_of_plain_rows(cfg)
             quantize_through_model_kwargs(cfg)
             if cfg.get("torch_compile") and options.compile != "off":
                 # Compiling layer by layer is as fast, starts sooner and never compiles the routing.
@@ -51,9 +63,13 @@ class MotePlugin(BasePlugin):
         cfg["special_tokens"] = special
         if cfg.get("inference"):
             cfg.setdefault("chat_template", "tokenizer_default")  # without one axolotl feeds the text as typed
-        if cfg.get("dataset_prepared_path") and _chain_files(cfg):
+        if cfg.get("chat_template_kwargs"):
+            fix_template(cfg)
+        if chain_entries(cfg):
+            encode_chains_with_token_columns(CHAIN_TYPE)
             # axolotl identifies a prepared data set by file names and would reuse it for new content.
-            cfg["dataset_prepared_path"] = str(Path(cfg["dataset_prepared_path"]) / _digest_of_chains(cfg))
+            prepared = cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH
+            cfg["dataset_prepared_path"] = str(Path(prepared) / _digest_of_chains(cfg))
         enable_gloo_for_cpu_processes(bool(cfg.get("deepspeed")))
 
     def on_config_validation_error(self, cfg: dict[str, Any]) -> None:
@@ -70,11 +86,12 @@ class MotePlugin(BasePlugin):
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
         """Check local chain files before axolotl reads them, so that faults name their rows."""
-        from axolotl_mote.training.dataset import check_file
+        from axolotl_mote.training.dataset import Columns, check_file
 
-        for path in _chain_files(cfg):
-            if path.suffix in (".json", ".jsonl"):
-                check_file(path, read_options(cfg).steps)
+        for entry in chain_entries(cfg).values():
+            for path in _named_paths(entry):
+                if path.is_file() and path.suffix in (".json", ".jsonl"):
+                    check_file(path, read_options(cfg).steps, Columns.of(entry))
 
     def get_lora_config_kwargs(self, cfg: Any) -> dict[str, Any]:
         """For the plain LoRA baseline: have PEFT train the rows of the marker tokens."""
@@ -142,7 +159,7 @@ class MotePlugin(BasePlugin):
         routing = model.base_model.routing
         routing.seed = cfg.seed or 0
         routing.step_dropout = options.dropout_probabilities
-        model.base_model.chunked_loss = not uses_zero3()
+        model.base_model.gathered = gathered if uses_zero3() else None
         model.print_trainable_parameters()
         return model, config
 
@@ -208,8 +225,17 @@ class MotePlugin(BasePlugin):
 
 def _uses_mote_or_chains(cfg: Any) -> bool:
     """Whether a configuration uses MoTE or chain data."""
-    entries = [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]
-    return cfg.get("adapter") == "mote" or any(entry.get("type") == CHAIN_TYPE for entry in entries)
+    return cfg.get("adapter") == "mote" or bool(chain_entries(cfg))
+
+
+def _warn_of_plain_rows(cfg: Any) -> None:
+    """Warn of data sets without steps beside chain data."""
+    chains = chain_entries(cfg)
+    for where in data_entries(cfg):
+        if where not in chains:
+            LOG.warning(
+                "%s is no chain data: all its tokens are routed as a question. Use type: %s.", where, CHAIN_TYPE
+            )
 
 
 def _codec(cfg: Any) -> ChainCodec:
@@ -219,18 +245,38 @@ def _codec(cfg: Any) -> ChainCodec:
     return ChainCodec(load_tokenizer(cfg), read_options(cfg).steps)
 
 
-def _chain_files(cfg: Any) -> list[Path]:
-    """Local files of chains that a configuration names."""
-    entries = [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]
-    paths = [Path(str(entry.get("path"))) for entry in entries if entry.get("type") == CHAIN_TYPE]
-    return [path for path in paths if path.is_file()]
+def _named_paths(entry: dict[str, Any]) -> list[Path]:
+    """Local files and folders that an entry under `datasets:` names."""
+    files = entry.get("data_files") or []
+    named = [str(name) for name in [entry.get("path"), *([files] if isinstance(files, str) else files)] if name]
+    found = [[name] if os.path.exists(name) else sorted(glob(name, recursive=True)) for name in named]
+    return [Path(path) for paths in found for path in paths]
+
+
+def _contents(path: Path) -> list[Path]:
+    """A file, or the files below a folder, but for those that ``datasets.map`` leaves there."""
+    if path.is_file():
+        return [path]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith((".", "cache-"))]
+    return [file for file in files if file.suffix or not file.name.startswith("tmp")]
 
 
 def _digest_of_chains(cfg: Any) -> str:
-    digest = hashlib.sha256()
-    for path in _chain_files(cfg):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    """Digest of what prepared chains depend on and axolotl does not look at: this package, and the content of files.
+
+    Files are those of the data, of the tokenizer and of the chat template.
+    """
+    digest = hashlib.sha256(str(installed_versions(["axolotl-mote"])).encode())
+    paths = [path for entry in chain_entries(cfg).values() for path in _named_paths(entry)]
+    tokenizer = Path(str(cfg.get("tokenizer_config") or cfg.get("base_model")))
+    paths += [file for name in TOKENIZER_FILES for file in [tokenizer / name] if file.is_file()]
+    template = str(cfg.get("chat_template_jinja") or "")
+    paths += [Path(template)] if os.path.isfile(template) else []
+    for path in paths:
+        for file in _contents(path):
+            digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:12]
 
 

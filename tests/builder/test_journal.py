@@ -32,6 +32,15 @@ def test_what_was_added_is_there_again(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[1])["seed"] == 7
 
 
+def test_a_long_journal_shows_how_far_it_is_read(tmp_path: Path) -> None:
+    calls = [Call(f"q{number}", "response", 0, 0, [], number) for number in range(2500)]
+    with Journal(tmp_path / "j.jsonl", IDENTITY) as journal:
+        journal.add((call, DONE) for call in calls)
+    seen: list[int] = []
+    Journal(tmp_path / "j.jsonl", IDENTITY, on_progress=seen.append).close()
+    assert seen == [1000, 2000]
+
+
 @pytest.mark.parametrize("keep", [0, 1, 5, 30])
 def test_every_torn_last_line_is_cut_off(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "j.jsonl"

@@ -158,6 +158,21 @@ def test_a_dialogue_that_the_template_does_not_take_is_refused_and_the_rest_is_g
     assert "System role not supported" in first.text
 
 
+def test_variables_of_the_chat_template_are_those_of_the_build(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    block = "{% if add_generation_prompt %}{{ '<think></think>' if thinking is false else '<think>' }}{% endif %}"
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE + block)
+    given = LocalModel(type="local", path=str(tmp_path), device="cpu", chat_template_kwargs={"thinking": False})
+    prompts = [
+        LocalClient(spec, BudgetMeter(None, None))._encode([{"role": "user", "content": "Why?"}], SAMPLED)
+        for spec in (given.model_copy(update={"chat_template_kwargs": {}}), given)
+    ]
+    assert len(prompts[1]) == len(prompts[0]) + len("</think>")
+    wrong = given.model_copy(update={"chat_template_kwargs": {"thinkng": False}})
+    with pytest.raises(ValueError, match=r"chat_template_kwargs must name variables .*such as thinking.*'thinkng'"):
+        LocalClient(wrong, BudgetMeter(None, None))
+
+
 def test_the_budget_is_kept(folder: Path) -> None:
     spec = LocalModel(type="local", path=str(folder), device="cpu", dtype="float32")
     client = LocalClient(spec, BudgetMeter(3, None))

@@ -127,6 +127,6 @@ def test_a_row_with_an_answer_is_no_refused_one(tmp_path: Path) -> None:
 
 def test_a_file_that_holds_no_chains_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="row 1: response must be a string; got NoneType"):
-        read_chains(write_rows(tmp_path / "c.jsonl", [{"messages": []}]))
+        summarize(read_chains(write_rows(tmp_path / "c.jsonl", [{"messages": []}])))
     with pytest.raises(ValueError, match="at least one chain"):
         summarize(read_chains(write_rows(tmp_path / "c.jsonl", [])))

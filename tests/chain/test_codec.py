@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from template_kit import ASK, FAMILIES, STEPS, build_codec, build_tokenizer, row
+from template_kit import (
+    ASK,
+    ENDS,
+    FAMILIES,
+    STEPS,
+    axolotl_templates,
+    build_codec,
+    build_tokenizer,
+    build_universal_tokenizer,
+    row,
+)
 from transformers import AutoTokenizer
 
 from axolotl_mote.chain.codec import ChainCodec
@@ -56,7 +66,7 @@ def test_row_is_question_steps_and_end_of_turn(codec: ChainCodec, family: str) -
     assert encoded["input_ids"][: len(question)] == question
     assert codec.tokenizer.decode(tail) == (
         "<|analysis|>Killing is a process here.<|/analysis|><|guidance|>Name the signal.<|/guidance|>"
-        "<|response|>Use kill.<|/response|>" + FAMILIES[family]["end"][0]
+        "<|response|>Use kill.<|/response|>" + "".join(FAMILIES[family]["end"])
     )
     ids = codec.vocabulary.marker_ids
     assert [token for token in tail if token in ids] == ids
@@ -66,6 +76,42 @@ def test_row_is_question_steps_and_end_of_turn(codec: ChainCodec, family: str) -
 
 def test_end_of_turn_is_the_templates(codec: ChainCodec, family: str) -> None:
     assert codec.tokenizer.convert_ids_to_tokens(codec.end_of_turn) == FAMILIES[family]["end"]
+
+
+@pytest.fixture(scope="module")
+def universal(smollm2_dir: Path) -> Any:
+    pytest.importorskip("axolotl")
+    return build_universal_tokenizer(smollm2_dir)
+
+
+def test_the_end_of_turn_of_axolotls_templates(universal: Any) -> None:
+    found = {}
+    for name, universal.chat_template in axolotl_templates().items():
+        codec = ChainCodec(universal, STEPS)
+        found[name] = universal.convert_ids_to_tokens(codec.end_of_turn)
+        assert codec.encode_chain(row())["labels"][-len(found[name]) :] == list(codec.end_of_turn)
+        chain = codec.encode_chain(row())["input_ids"][len(codec.encode_question(ASK)) :]
+        assert codec.parse([*chain, 65]).finished, name  # the text after the end of the turn is not read
+        assert len(codec.parse(chain).token_ids) == len(chain) - len(found[name])
+    assert found == ENDS
+
+
+@pytest.mark.parametrize(
+    ("assistant", "other", "end"),
+    [
+        ("{{ m.content }}{{ '<s>' if loop.last else '</s>' }}", "{{ m.content }}[/INST]", ["<s>"]),  # the last differs
+        ("{{ m.content }}[INST]", "[INST]{{ m.content }}", ["[INST]"]),  # one token opens and closes
+        ("{{ m.content }} </s>{% if not loop.last %}[INST]{% endif %}", "{{ m.content }}", ["Ġ", "</s>"]),
+        ("{{ m.content }}[/INST]</s>\n<s>\n", "<s>{{ m.content }}", ["[/INST]", "</s>", "Ċ", "<s>"]),  # bos: no opening
+        ("{{ m.content }}</s>{{ '' if loop.last else raise_exception('one answer') }}", "{{ m.content }}", ["</s>"]),
+    ],
+)
+def test_end_of_turn_of_odd_templates(smollm2_dir: Path, assistant: str, other: str, end: list[str]) -> None:
+    tokenizer = build_tokenizer(smollm2_dir, "mistral")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + assistant + "{% else %}" + other
+    ) + "{% endif %}{% endfor %}"
+    assert tokenizer.convert_ids_to_tokens(ChainCodec(tokenizer).end_of_turn) == end
 
 
 def test_a_template_without_an_end_of_turn_ends_with_eos(smollm2_dir: Path) -> None:

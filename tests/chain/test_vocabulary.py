@@ -7,7 +7,9 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kit import TEMPLATE, tiny_tokenizer
 
+from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.steps import chain_form, markers, parse_form
 from axolotl_mote.chain.vocabulary import StepVocabulary, advance
 
@@ -70,3 +72,46 @@ def test_names_of_steps() -> None:
 def test_forms_are_written_one_way_and_read_two_ways() -> None:
     assert chain_form(["analysis", "response"]) == "analysis+response"
     assert parse_form("analysis+response") == parse_form("analysis, response") == ["analysis", "response"]
+
+
+# --- markers that something else uses -------------------------------------------------------------------------------
+
+ROLES = "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + ROLES
+TOOLS = TEMPLATE + "{% if tools %}<|tools|>{{ tools }}<|/tools|>{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("step", "template", "use"),
+    [
+        ("im_end", TEMPLATE, "is the tokenizer's eos_token"),
+        ("pad", TEMPLATE, "is the tokenizer's pad_token"),
+        ("im_start", TEMPLATE, "is in the chat template"),
+        ("assistant", ROLES, "is in the chat template"),
+        ("system", ROLES, "is in the chat template"),
+        ("user", NO_SYSTEM, "is in the chat template"),
+        ("tools", TOOLS, "is in the chat template"),
+    ],
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_a_step_named_like_a_token_in_use_is_refused(step: str, template: str, use: str, last: bool) -> None:
+    steps = ["plan", step] if last else [step, "response"]
+    tokenizer = tiny_tokenizer(steps)
+    tokenizer.chat_template = template
+    message = f"mote.steps must not name a token that has another use; got {step!r}, but <|{step}|> {use}. Rename"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _ = ChainCodec(tokenizer, steps).vocabulary
+
+
+@pytest.mark.parametrize("step", ["assistant", "im", "end", "reserved_special_token_0"])
+def test_words_of_a_template_may_name_steps(step: str) -> None:
+    """Where only a part of a token, or plain text, is like the name."""
+    tokenizer = tiny_tokenizer([step, "response"])
+    assert ChainCodec(tokenizer, [step, "response"]).vocabulary.steps == (step, "response")
+
+
+def test_the_steps_of_an_exported_model_are_not_the_tokens_of_its_template() -> None:
+    """Some templates write tokens of the same form, in pairs, as Phi-4-mini's for tools."""
+    tokenizer = tiny_tokenizer(["tools", "plan", "response"])
+    tokenizer.chat_template = TOOLS
+    assert ChainCodec.from_tokenizer(tokenizer).steps == ("plan", "response")

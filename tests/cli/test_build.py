@@ -157,6 +157,15 @@ def test_long_sources_show_how_far_they_are_read(config: Path) -> None:
     assert done.output.index("10,000 rows read") < done.output.index("20,000 rows read")
 
 
+def test_a_resumed_build_shows_how_far_results_are_collected(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("axolotl_mote.cli.build._LINE_EVERY", 1)
+    run(config)
+    resumed = run(config)
+    assert "0 requests" in resumed.output
+    assert resumed.output.index("3/3 questions") < resumed.output.index("1 results collected")
+    assert resumed.output.index("1 results collected") < resumed.output.index("3 results collected")
+
+
 @pytest.mark.parametrize(
     "where",
     [

@@ -25,7 +25,7 @@ def test_usage_names_the_program_as_it_was_called(name):
         shown = CliRunner().invoke(main, arguments, prog_name=name)
         assert shown.exit_code == 0, shown.output
         assert shown.output.startswith(usage)
-        assert set(re.findall("axolotl.mote", shown.output)) == {name}
+        assert set(re.findall("(axolotl.mote) ", shown.output)) == {name}
 
 
 @pytest.mark.parametrize("command", sorted(main.list_commands(None)))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,31 @@ def test_json_counts_the_rejected_file_beside(chains: Path) -> None:
     assert data["steps"]["analysis"]["count"] == 1
     assert data["forms"] == {"analysis+guidance+response": 1, "response": 1}
     assert data["rejected"] == {"unsafe": 1}
+
+
+def test_memory_does_not_hold_the_rows(chains: Path) -> None:
+    """10 MiB of chains and as much of rejected rows; the texts that count are short."""
+    run(chains, "--json")  # imports
+    other = {"id": "x" * 10_000}
+    chains.write_text("".join(json.dumps({"response": f"word{n % 9}", **other}) + "\n" for n in range(1000)))
+    chains.with_name("rejected.jsonl").write_text((json.dumps({"reason": "unsafe", **other}) + "\n") * 1000)
+    tracemalloc.start()
+    try:
+        done = run(chains, "--json")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert json.loads(done.output)["rejected"] == {"unsafe": 1000}
+    assert peak < 3 * 2**20
+
+
+def test_chains_from_a_pipe(chains: Path) -> None:
+    """As with the shell's ``<(zcat chains.jsonl.gz)``: it can be read once."""
+    pipe = chains.with_name("pipe")
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(chains.read_bytes(),), daemon=True)
+    writer.start()
+    assert json.loads(run(pipe, "--json").output)["chains"] == 2
 
 
 def test_html(chains: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pytest
 import torch
 from kit import (
@@ -255,16 +256,19 @@ def test_continuing_a_cache_without_history_is_refused(mote):
         cache = model(input_ids=ids, use_cache=True).past_key_values
         with pytest.raises(ValueError, match="step_ids"):
             model(input_ids=ids[:, -1:], past_key_values=cache)
-    new = torch.tensor([[70]])
-    with pytest.raises(ValueError, match=r"step_ids|input_ids"):
-        model.generate(
-            input_ids=new,
-            attention_mask=torch.ones(1, ids.shape[1] + 1, dtype=torch.long),
-            past_key_values=cache,
-            max_new_tokens=2,
-            do_sample=False,
-            pad_token_id=0,
-        )
+    new = torch.tensor([[70, 71]])
+    whole = torch.ones(1, ids.shape[1] + 2, dtype=torch.long)
+    for tokens in (new, new[:, :1]):
+        for mask in ({"attention_mask": whole[:, : ids.shape[1] + tokens.shape[1]]}, {}):
+            with pytest.raises(ValueError, match="input_ids must hold the whole sequence"):
+                model.generate(
+                    input_ids=tokens,
+                    **mask,
+                    past_key_values=copy.deepcopy(cache),
+                    max_new_tokens=2,
+                    do_sample=False,
+                    pad_token_id=0,
+                )
 
 
 def test_chunked_prefill_is_refused(mote, codec):

@@ -20,6 +20,7 @@ from axolotl_mote.export import export_adapter
 from axolotl_mote.generation import codec_for, generate_chain, load_mote
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 QUESTION = [{"role": "user", "content": "hi"}]
 
 
@@ -45,6 +46,10 @@ def drop_tensors(folder: Path) -> None:
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def change_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 def tear(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -66,9 +71,65 @@ BROKEN = {
     "a list as configuration": (lambda f: (f / CONFIG).write_text("[]"), "must hold a JSON object; got list"),
     "another type": (lambda f: change_config(f, peft_type="IA3"), "must have peft_type MOTE.*; got IA3 at"),
     "no markers": (lambda f: change_config(f, marker_ids=[]), r"marker_ids must hold .*; got \[\] at"),
-    "words as markers": (lambda f: change_config(f, marker_ids=list("abcdef")), "marker_ids must hold"),
+    "words as markers": (lambda f: change_config(f, marker_ids=list("abcdef")), "marker_ids must be a valid integer"),
     "wrong steps": (lambda f: change_config(f, steps=["a b"], markers=[]), "adapter_config.json: mote.steps must hold"),
-    "a word as weight": (lambda f: change_config(f, expert_weight="much"), "adapter_config.json: "),
+    "a word as weight": (
+        lambda f: change_config(f, expert_weight="much"),
+        "adapter_config.json: expert_weight must be a valid number; got 'much'",
+    ),
+    "a word as a number": (
+        lambda f: change_config(f, lora_alpha="8"),
+        "adapter_config.json: lora_alpha must be a valid integer; got '8'",
+    ),
+    "no layers": (lambda f: change_config(f, target_modules=None), "target_modules must name layers; got None at"),
+    "a number as layers": (
+        lambda f: change_config(f, target_modules=5),
+        "target_modules must be a valid array or must be a valid string; got 5",
+    ),
+    "a number as base model": (
+        lambda f: change_config(f, base_model_name_or_path=5),
+        "base_model_name_or_path must be a valid string; got 5",
+    ),
+    "a string as steps": (lambda f: change_config(f, steps="analysis"), "steps must be a valid array; got 'analysis'"),
+    "a null as steps": (lambda f: change_config(f, steps=None), "steps must be a valid array; got None"),
+    "a list as type": (
+        lambda f: change_config(f, peft_type=["MOTE"]),
+        r"must have peft_type MOTE or LORA; got \['MOTE",
+    ),
+    "no rank": (lambda f: change_config(f, r=0), "adapter_config.json: r must be greater than or equal to 1; got 0"),
+    "a negative rank": (
+        lambda f: change_config(f, r=-4),
+        "adapter_config.json: r must be greater than or equal to 1; got -4",
+    ),
+    "a huge rank": (
+        lambda f: change_config(f, r=10**9),
+        r"lora_A.weight must have shape \(4000000000, \.\.\.\) .*; got \(16, ",
+    ),
+    "a number as flag": (lambda f: change_config(f, use_dora="no"), "use_dora must be a valid boolean; got 'no'"),
+    "an impossible dropout": (
+        lambda f: change_config(f, lora_dropout=5.0),
+        r"lora_dropout must be less than 1; got 5.0",
+    ),
+    "a marker twice": (
+        lambda f: change_config(f, marker_ids=[259, 259, 260, 261, 262, 263, 264]),
+        "marker_ids must hold 6 different ids",
+    ),
+    "a negative marker": (
+        lambda f: change_config(f, marker_ids=[-1, 1, 2, 3, 4, 5]),
+        "marker_ids must hold 6 different",
+    ),
+    "a flat tensor": (
+        lambda f: change_tensors(f, {f"{LAYER}.lora_A.weight": torch.zeros(7)}),
+        r"q_proj.lora_A.weight must have shape \(16, .*; got \(7,\)",
+    ),
+    "a tensor of an unknown layer": (
+        lambda f: change_tensors(f, {f"{LAYER}7.lora_A.weight": torch.zeros(7)}),
+        r"q_proj7.lora_A.weight must have shape \(16, .*; got \(7,\)",
+    ),
+    "flat marker rows": (
+        lambda f: change_tensors(f, {"base_model.model.model.embed_tokens.lora_marker_rows.weight": torch.zeros(6)}),
+        r"lora_marker_rows.weight must have shape \(6, .*; got \(6,\)",
+    ),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "must hold adapter_model.safetensors; got none at"),
     "a pickle": (pickle_instead, "must hold adapter_model.safetensors; got adapter_model.bin at .* can run code"),
     "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), "adapter_model.safetensors must be whole; got .* at"),
@@ -234,6 +295,24 @@ def test_generate_writes_the_same_columns_for_a_plain_lora(trained, tmp_path):
         rows = [json.loads(line) for line in (tmp_path / f"{adapter.name}.jsonl").read_text().splitlines()]
         written.append([(row["mode"], list(row), row["valid"]) for row in rows])
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_alpha": "8"}, "lora_alpha must be a valid integer; got '8'"),
+        ({"r": 0}, "r must be greater than or equal to 1; got 0"),
+        ({"target_modules": None}, "target_modules must name layers; got None at"),
+        ({"trainable_token_indices": 5}, "trainable_token_indices must be a valid array or must be an object; got 5"),
+        ({"base_model_name_or_path": ["a"]}, r"base_model_name_or_path must be a valid string; got \['a'\]"),
+    ],
+)
+def test_a_plain_lora_with_wrong_values_is_refused(tmp_path, values, message):
+    folder, _ = plain_lora(tmp_path)
+    change_config(folder, **values)
+    with pytest.raises(ValueError, match=message) as refused:
+        load_mote(folder)
+    assert str(folder / CONFIG) in str(refused.value)
 
 
 def test_a_plain_lora_is_not_exported(tmp_path):

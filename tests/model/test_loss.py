@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import FAMILIES, chain, mote
-from torch import nn
+from kit import FAMILIES, MARKER_IDS, chain, mote
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING
 
 from axolotl_mote.model import loss as loss_module
 from axolotl_mote.model.loss import (
@@ -21,6 +26,16 @@ from axolotl_mote.model.loss import (
     token_weights,
     weighted_loss,
 )
+
+SIZE = FAMILIES["llama"].to_diff_dict()
+# What each of them does to its logits has another name, or another meaning of a name that others use too.
+OWN_LOGITS: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 3.0},
+    "granite": {"logits_scaling": 5.0},
+    "hyperclovax": {"logits_scaling": 5.0},
+    "falcon_h1": {"lm_head_multiplier": 3.0},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},  # its forward calls model.decoder
+}
 
 
 def test_shift_moves_targets_under_their_predictors() -> None:
@@ -66,26 +81,62 @@ def test_chunks_stay_worth_a_call_however_large_the_vocabulary() -> None:
     assert chunk_size(10**9) >= 256
 
 
-def test_unchunked_the_head_is_called_once_whatever_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "chunk_size", lambda vocab_size: 256)
-    torch.manual_seed(0)
-    head, calls = nn.Linear(16, 50), []
-    head.register_forward_hook(lambda *_: calls.append(1))
-    for length in (2, 301, 700):
-        hidden, targets = torch.randn(1, length, 16), torch.randint(0, 50, (1, length))
-        calls.clear()
-        losses = token_losses(hidden, targets, head, 50, chunked=False)
-        assert len(calls) == 1
-        assert torch.allclose(losses, token_losses(hidden, targets, head, 50), atol=1e-6)
+def one_batch() -> tuple[Tensor, Tensor]:
+    ids = torch.tensor([chain(), chain(seed=2)])
+    return ids, shift(ids, -100)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
+@pytest.mark.parametrize("beyond", [True, False])
+def test_a_held_head_is_gathered_once_and_changes_nothing(
+    family: str, beyond: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ZeRO-3 weights can be read only while they are gathered; here they are empty outside of that block."""
+    monkeypatch.setattr(loss_module, "chunk_size", lambda vocab_size: 8)
+    ids, targets = one_batch()
+    markers = {} if beyond else {"marker_ids": list(range(10, 16))}
+    if not beyond:
+        ids, targets = (torch.where(tokens >= MARKER_IDS[0], tokens - 86, tokens) for tokens in (ids, targets))
+    expected, model = gradients(mote(family, **markers), ids, targets), mote(family, **markers)
+    head = model.get_output_embeddings()
+    partition, table, gathers, calls = head.base_layer.weight, head.base_layer.weight.data, [], []
+
+    @contextmanager
+    def gathered(parameter: Tensor) -> Iterator[None]:
+        assert parameter is partition
+        gathers.append(1)
+        parameter.data = table
+        yield
+        parameter.data = torch.empty(0)
+
+    model.base_model.gathered = gathered
+    model.get_decoder().register_forward_hook(lambda *_: setattr(partition, "data", torch.empty(0)))
+    for layer in (head, head.base_layer, *head.lora_marker_rows.values()):
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    found = gradients(model, ids, targets)
+    assert len(gathers) == 1
+    assert len(calls) == len(head.lora_marker_rows)  # nothing but the rows, once
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-5), name
+
+
+def gradients(model: Any, ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Losses, and the gradient of their sum by name."""
+    losses = model(input_ids=ids, targets=targets).loss
+    losses.sum().backward()
+    return {"losses": losses.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-def test_token_losses_equal_those_of_the_models_own_logits(family: str) -> None:
+@pytest.mark.parametrize("family", [*FAMILIES, *OWN_LOGITS])
+def test_token_losses_equal_those_of_the_models_own_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for models that do something to their logits, such as Gemma 2's soft-capping."""
-    model = mote(family)
-    ids = torch.tensor([chain(), chain(seed=2)])
-    targets = shift(ids, -100)
+    if family in OWN_LOGITS:
+        config = CONFIG_MAPPING[family](**SIZE, **OWN_LOGITS[family])
+        monkeypatch.setitem(FAMILIES, family, config)
+    model = mote(family, "eager", target_modules=["q_proj"] if family in OWN_LOGITS else "all-linear")
+    ids, targets = one_batch()
     logits = model(input_ids=ids).logits
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     assert torch.allclose(model(input_ids=ids, targets=targets).loss, expected, atol=1e-5)
@@ -115,7 +166,7 @@ def test_the_head_on_scored_tokens_changes_neither_loss_nor_gradient(family: str
         model = mote(family)
         rows: list[int] = []
         head = model.get_output_embeddings()
-        head.register_forward_hook(lambda _, args, __, rows=rows: rows.append(len(args[0])))
+        head.register_forward_hook(lambda _, args, __, rows=rows: rows.append(args[0].shape[:-1].numel()))
         losses = model(input_ids=ids, targets=targets, scored=columns).loss
         losses.sum().backward()
         results.append((losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))

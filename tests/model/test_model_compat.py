@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft.peft_model
 import pytest
 import torch
 from kit import FAMILIES, base_model, chain, mote
@@ -58,6 +59,14 @@ def test_importing_the_package_in_any_order_registers_the_type(code: str, tmp_pa
     check = "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as t; assert t['MOTE'].__name__ == 'MoteModel'"
     done = subprocess.run([sys.executable, "-c", f"{code}; {check}"], cwd=tmp_path, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_peft_still_decides_in_one_function_what_is_saved() -> None:
+    places = (peft, peft.utils, peft.utils.save_and_load, peft.peft_model)
+    (decides,) = {place.get_peft_model_state_dict for place in places}
+    compat.save_adapter_alone("MOTE")  # a second time changes nothing
+    assert peft.get_peft_model_state_dict is decides
+    assert {"model", "adapter_name", "save_embedding_layers"} <= set(parameters(decides.__wrapped__))
 
 
 def test_peft_still_calls_the_methods_that_the_tuner_overrides() -> None:

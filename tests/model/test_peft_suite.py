@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,25 @@ from typing import Any
 
 import pytest
 import torch
-from kit import MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_config, randomize
-from peft import LoraConfig, PeftModel, get_peft_model
+from kit import (
+    MARKER_IDS,
+    VOCABULARY,
+    base_model,
+    chain,
+    mote,
+    mote_config,
+    randomize,
+    save_adapter,
+    tiny_model,
+    tiny_mote,
+)
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from axolotl_mote.generation.loading import load_mote
 from axolotl_mote.model.adapter import add_mote_adapter, mote_model
+from axolotl_mote.model.config import MoteConfig
 from axolotl_mote.model.routed import RoutedModel
 from axolotl_mote.model.routing import step_ids_from_tokens
 
@@ -316,6 +330,15 @@ def test_an_added_adapter_leaves_the_active_one_alone() -> None:
     assert sorted(model.peft_config) == ["default", "fresh"]
 
 
+@pytest.mark.parametrize("place", ["config", "generation_config"])
+@pytest.mark.parametrize(("name", "value"), [("eos_token_id", [90, 97]), ("pad_token_id", 97)])
+def test_markers_that_end_a_generation_are_refused(place: str, name: str, value: object) -> None:
+    base = base_model()
+    setattr(getattr(base, place), name, value)
+    with pytest.raises(ValueError, match=rf"marker_ids must be tokens that nothing else uses; got 97, .*{name}"):
+        add_mote_adapter(base, mote_config())
+
+
 def test_an_adapter_on_fewer_layers_leaves_the_others_alone() -> None:
     base = base_model()
     model = add_mote_adapter(base, mote_config(target_modules=["q_proj"]))
@@ -336,6 +359,25 @@ def test_loading_onto_a_half_precision_base_rounds_nothing(low_cpu_mem_usage: bo
     for name, tensor in loaded.state_dict().items():
         if "lora_" in name:
             assert torch.equal(tensor, saved[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_resized_table_is_not_saved_with_the_adapter(tied: bool, tmp_path: Path) -> None:
+    """AutoPeft resizes the base's table to the saved tokenizer; PEFT then takes it for trained."""
+    model, tokenizer = tiny_mote(tied=tied)
+    tiny_model(tied=tied).save_pretrained(tmp_path / "base")
+    first = save_adapter(model, tokenizer, tmp_path / "first", tmp_path / "base")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(first).eval()
+    assert len(loaded.get_input_embeddings().base_layer.weight) == len(tokenizer) > 259
+    second = save_adapter(loaded, tokenizer, tmp_path / "second")
+    assert {name: x.shape for name, x in load_file(first / FILE).items()} == {
+        name: x.shape for name, x in load_file(second / FILE).items()
+    }
+    ids = torch.tensor([[3, 259, 4, 260, 261, 5, 262, 6]])
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(second), ids), logits(loaded, ids))
+    assert torch.equal(logits(load_mote(second)[0], ids), logits(model, ids))
+    with pytest.raises(ValueError, match="save_embedding_layers must not be true with a MOTE adapter"):
+        loaded.save_pretrained(tmp_path / "third", save_embedding_layers=True)
 
 
 # --- incomplete and foreign adapters --------------------------------------------------------------------------------
@@ -378,6 +420,45 @@ def test_a_partial_or_foreign_adapter_is_refused(case: str, tmp_path: Path) -> N
         model.load_adapter(tmp_path, "default")  # as axolotl resumes
     with pytest.raises(ValueError, match=message):
         alone(tmp_path, adapter_name="my_lora_v1")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_alpha": "8"}, "lora_alpha must be a valid integer; got '8'"),
+        ({"steps": "analysis"}, "steps must be a valid array; got 'analysis'"),
+        ({"layers_to_transform": {}}, "layers_to_transform must be a valid array or must be a valid integer; got {}"),
+        (
+            {"r": "x", "lora_dropout": "x"},
+            "r must be a valid integer; got 'x'; lora_dropout must be a valid number; got",
+        ),
+        ({"r": -1}, "r must be greater than or equal to 1; got -1"),
+        ({"r": 10**9}, "r must be at most 32, the larger side .*; got 1000000000"),
+    ],
+)
+def test_wrong_values_are_refused_with_the_file(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    mote().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(ValueError, match=message) as refused:
+        alone(tmp_path)
+    if "at most" not in message:
+        assert str(refused.value).startswith(f"{file}: ")
+
+
+def test_a_value_of_any_type_in_any_field_is_taken_or_refused_with_the_field(tmp_path: Path) -> None:
+    mote().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    sound = json.loads(file.read_text())
+    values = [None, "x", 5, -1, 1.5, True, [], [1], [None], ["x"], {}, {"x": [1]}]
+    for key in sound.keys() - {"peft_type"}:  # PEFT reads it first
+        for value in values:
+            file.write_text(json.dumps(sound | {key: value}))
+            try:
+                MoteConfig.from_pretrained(tmp_path)
+            except ValueError as error:
+                said = str(error)
+                assert key in said.replace("task type", "task_type"), (key, value)
 
 
 def test_tensors_of_the_base_do_not_come_in_with_an_adapter(tmp_path: Path) -> None:

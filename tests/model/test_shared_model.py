@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +80,39 @@ def test_beam_searches_in_threads_leave_the_configuration_as_it_was() -> None:
     expected = [model.generate(input_ids=prompt, **options).tolist() for prompt in prompts]
     jobs = [lambda p=prompt: model.generate(input_ids=p, **options).tolist() for prompt in prompts * 5]  # type: ignore[misc]
     assert in_threads(jobs, 4) == expected * 5
+    assert model.config.vocab_size == VOCABULARY
+
+
+@pytest.mark.parametrize(
+    ("family", "copied"),  # with transformers 5.16 most bases, Llama among them, cannot be pickled themselves
+    [("llama", copy.deepcopy), ("phi3", lambda model: pickle.loads(pickle.dumps(model)))],
+)
+def test_a_copy_made_during_another_threads_generation_is_as_any_other(
+    family: str, copied: Callable[[Any], Any]
+) -> None:
+    model = mote(family)
+    prompt = torch.tensor([chain()[:5]])
+    options = {"max_new_tokens": 6, "num_beams": 2, "pad_token_id": 0}
+    expected = model.generate(input_ids=prompt, **options).tolist()
+    inside, released = threading.Event(), threading.Event()
+
+    def pause(ids: Tensor, *_: Any) -> Tensor:  # between two forwards
+        inside.set()
+        assert released.wait(60)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(lambda: model.generate(input_ids=prompt, stopping_criteria=[pause], **options).tolist())
+        try:
+            assert inside.wait(60)
+            assert model.config.vocab_size > VOCABULARY
+            twin = copied(model)
+        finally:
+            released.set()
+        assert answer.result() == expected
+    for module in (twin, twin.get_base_model(), twin.get_base_model().model):
+        assert module.config.vocab_size == VOCABULARY
+    assert twin.generate(input_ids=prompt, **options).tolist() == expected
     assert model.config.vocab_size == VOCABULARY
 
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from template_kit import axolotl_templates
 
 from axolotl_mote.training.args import (
+    COLUMN_KEYS,
     KERNELS,
+    LOADING_KEYS,
     REFUSED,
     REFUSED_ABOVE_ONE,
+    REFUSED_IN_DATASETS,
     REFUSED_PLUGINS,
     REFUSED_WITH_CHAINS,
     MoteArgs,
     MoteOptions,
+    chain_entries,
     check_config,
 )
+from axolotl_mote.training.dataset import Columns
 
 STEPS = ["analysis", "guidance", "response"]
 
@@ -247,17 +256,170 @@ def test_the_users_special_tokens_are_kept() -> None:
     assert cfg.special_tokens.additional_special_tokens == ["<mine>", "<|response|>", "<|/response|>"]
 
 
-def test_prepared_chains_are_known_by_their_content(tmp_path: Any) -> None:
-    chains = tmp_path / "chains.jsonl"
+def as_jsonl(folder: Path, text: str) -> str:
+    (folder / "chains.jsonl").write_text(json.dumps({"response": text}))
+    return str(folder / "chains.jsonl")
+
+
+def as_parquet_folder(folder: Path, text: str) -> str:
+    from datasets import Dataset
+
+    (folder / "parquet" / "train").mkdir(parents=True, exist_ok=True)
+    Dataset.from_list([{"response": text}]).to_parquet(folder / "parquet" / "train" / "0.parquet")
+    return str(folder / "parquet")
+
+
+def as_arrow_folder(folder: Path, text: str) -> str:
+    from datasets import Dataset
+
+    Dataset.from_list([{"response": text}]).save_to_disk(folder / "arrow")
+    (folder / "arrow" / "cache-0123.arrow").write_text(text * 2)  # what datasets.map leaves there
+    return str(folder / "arrow")
+
+
+@pytest.mark.parametrize("named", ["path", "data_files"])
+@pytest.mark.parametrize("save", [as_jsonl, as_parquet_folder, as_arrow_folder])
+def test_prepared_chains_are_known_by_their_content(tmp_path: Path, save: Callable[..., str], named: str) -> None:
+    def prepared(content: str, where: str | None = "prepared") -> str:
+        path = save(tmp_path, content)
+        entry = (
+            {**CHAINS, "path": str(tmp_path), "data_files": [path]}
+            if named == "data_files"
+            else {**CHAINS, "path": path}
+        )
+        return str(validated(config(datasets=[entry], dataset_prepared_path=where)).dataset_prepared_path)
+
+    first = prepared("a")
+    assert first.startswith("prepared/")
+    if save is as_arrow_folder:
+        (tmp_path / "arrow" / "cache-4567.arrow").write_text("more")
+    assert first == prepared("a") != prepared("b")
+    assert prepared("a", None) == first.replace("prepared", "last_run_prepared", 1)  # axolotl's own default
+
+
+@pytest.mark.parametrize("name", ["base/tokenizer.json", "base/chat_template.jinja", "template.jinja"])
+def test_prepared_chains_are_known_by_their_tokenizer_and_template(tmp_path: Path, name: str) -> None:
+    (tmp_path / "base").mkdir()
 
     def prepared(content: str) -> str:
-        chains.write_text(content)
-        raw = config(datasets=[{**CHAINS, "path": str(chains)}], dataset_prepared_path="prepared")
+        (tmp_path / name).write_text(content)
+        raw = config(datasets=[CHAINS], base_model=str(tmp_path / "base"))
+        if name == "template.jinja":
+            raw |= {"chat_template": "jinja", "chat_template_jinja": str(tmp_path / name)}
         return str(validated(raw).dataset_prepared_path)
 
-    assert prepared("a").startswith("prepared/")
     assert prepared("a") == prepared("a") != prepared("b")
-    assert validated(config(datasets=[CHAINS])).dataset_prepared_path is None
+
+
+# --- entries of datasets ------------------------------------------------------------------------------------------
+
+
+def test_every_key_of_axolotls_data_sets_is_supported_or_refused_by_name() -> None:
+    schema = pytest.importorskip("axolotl.utils.schemas.datasets").SFTDataset.model_fields
+    known = [*LOADING_KEYS, *COLUMN_KEYS, *REFUSED_IN_DATASETS]
+    assert set(schema) <= set(known)
+    assert len(set(known)) == len(known)
+
+
+@pytest.mark.parametrize("adapter", ["mote", "lora"])
+@pytest.mark.parametrize("place", ["datasets", "test_datasets"])
+@pytest.mark.parametrize("key", REFUSED_IN_DATASETS)
+def test_a_key_of_a_data_set_that_would_be_ignored_is_refused(key: str, place: str, adapter: str) -> None:
+    entries = {"datasets": [CHAINS], place: [TEXT, {**CHAINS, key: ["x"]}]}
+    with pytest.raises(
+        ValueError, match=rf"{place}\[1\]\.{key} must not be set with chain data; got \['x'\]\. \w"
+    ) as error:
+        validated(config(adapter=adapter, **entries))
+    assert REFUSED_IN_DATASETS[key] in str(error.value)
+    validated(config(adapter=adapter, datasets=[{**CHAINS, key: None}]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feild_messages": "x"}, r"datasets\[0\]\.feild_messages is no key of chain data; got 'x'\. Correct its"),
+        (
+            {"message_property_mappings": {"weight": "w"}},
+            r"datasets\[0\]\.message_property_mappings must name role or content with chain data; got 'weight'\.",
+        ),
+        ({"roles": {"tool": ["tool"]}}, r"datasets\[0\]\.roles must name system or user or assistant .* got 'tool'"),
+    ],
+)
+def test_a_key_that_no_data_set_has_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validated(config(datasets=[{**CHAINS, **changes}]))
+
+
+def test_keys_of_a_data_set_that_work() -> None:
+    entry = {
+        **CHAINS,
+        "field_messages": "conversations",
+        "message_property_mappings": {"role": "from", "content": "value"},
+        "roles": {"user": ["human"]},
+        "split": "train",
+        "shards": 2,
+    }
+    older = {**entry, "message_field_role": "from", "message_field_content": "value"}
+    del older["message_property_mappings"]
+    expected = Columns("conversations", "from", "value", {"human": "user"})
+    for given in (entry, older):
+        cfg = validated(config(datasets=[CHAINS], test_datasets=[given]))
+        assert [Columns.of(one) for one in chain_entries(cfg).values()] == [Columns(), expected]
+
+
+def test_a_baseline_is_checked_through_axolotl_too() -> None:
+    """axolotl turns the entries into models before it validates."""
+    with pytest.raises(ValueError, match="train_on_inputs must not be set with chain data"):
+        validated(config(adapter="lora", datasets=[CHAINS], train_on_inputs=True))
+
+
+def test_mote_without_chains_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    message = (
+        r"datasets must hold chain data with adapter: mote; got type alpaca only\. .*Use type: axolotl_mote\.chain, or"
+    )
+    with pytest.raises(ValueError, match=message):
+        validated(config(datasets=[TEXT]))
+    validated(config(datasets=[TEXT], inference=True, lora_model_dir="out"))
+    with caplog.at_level(logging.WARNING, logger="axolotl.mote"):
+        validated(config(datasets=[CHAINS], test_datasets=[CHAINS]))
+        assert "is no chain data" not in caplog.text
+        validated(config(datasets=[CHAINS, TEXT]))
+    assert "datasets[1] is no chain data: all its tokens are routed as a question" in caplog.text
+
+
+# --- the chat template --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", [{}, {"chat_template": "tokenizer_default"}, {"chat_template": "qwen3"}])
+def test_chat_template_kwargs_become_a_part_of_the_template(
+    choice: dict[str, Any], smollm2_dir: Path, tmp_path: Path
+) -> None:
+    """So they are saved beside the adapter, and hold in every later rendering."""
+    from axolotl.loaders import load_tokenizer
+    from axolotl.utils.config import normalize_config
+    from transformers import AutoTokenizer
+
+    from axolotl_mote.chain.codec import ChainCodec
+
+    base = AutoTokenizer.from_pretrained(smollm2_dir)
+    if choice.get("chat_template") != "qwen3":
+        base.chat_template = axolotl_templates()["qwen3"]
+    base.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((smollm2_dir / "config.json").read_text())
+    raw = config(base_model=str(tmp_path), datasets=[CHAINS], chat_template_kwargs={"enable_thinking": False}, **choice)
+    cfg = validated(raw)
+    normalize_config(cfg)
+    trained = load_tokenizer(cfg)
+    trained.save_pretrained(tmp_path / "out")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ask = [{"role": "user", "content": "Hi"}]
+    question = ChainCodec(trained, STEPS).encode_question(ask)
+    assert trained.decode(question).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert question == ChainCodec(loaded, STEPS).encode_question(ask)
+    assert question == loaded.apply_chat_template(ask, add_generation_prompt=True, return_dict=False)
+
+    with pytest.raises(ValueError, match=r"chat_template_kwargs must name variables of the chat template, .*'thinkng'"):
+        validated({**raw, "chat_template_kwargs": {"thinkng": False}})
 
 
 def test_inference_gets_a_chat_template() -> None:
@@ -274,7 +436,9 @@ def test_a_loaded_adapter_must_be_what_the_yaml_says(name: str) -> None:
 
     config = MoteConfig(r=4, lora_alpha=8, steps=["a", "b"], marker_ids=[1, 2, 3, 4])
     assert check_trained_config(config, replace(config), "out") is config
-    other = {"question_routing": "shared", "steps": ["a", "c"], "marker_ids": [1, 2, 3, 5]}.get(name, 0.25)
+    other = {"question_routing": "shared", "steps": ["a", "c"], "marker_ids": [1, 2, 3, 5], "expert_weight": 0.25}.get(
+        name, 2
+    )
     with pytest.raises(ValueError, match="must be that of the adapter in out"):
         check_trained_config(config, replace(config, **{name: other}), "out")
 

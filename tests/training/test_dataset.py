@@ -14,7 +14,9 @@ from template_kit import ASK, STEPS, build_codec, row
 
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.rows import ChainDataError
-from axolotl_mote.training.dataset import check_file, encode_dataset, show_routing
+from axolotl_mote.training.dataset import Columns, check_file, encode_dataset, show_routing
+
+DictDefault = pytest.importorskip("axolotl.utils.dict").DictDefault
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"response": None}, "response must be a non-empty string; got None."),
@@ -90,9 +92,7 @@ def as_parquet(folder: Path, rows: list[Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("save", [as_jsonl, as_json, as_parquet], ids=["jsonl", "json", "parquet"])
 def test_axolotl_loads_every_format(codec: ChainCodec, tmp_path: Path, save: Callable[..., dict[str, Any]]) -> None:
-    pytest.importorskip("axolotl")
     from axolotl.utils.data.shared import load_dataset_with_config
-    from axolotl.utils.dict import DictDefault
 
     from axolotl_mote.chain import load
 
@@ -104,6 +104,111 @@ def test_axolotl_loads_every_format(codec: ChainCodec, tmp_path: Path, save: Cal
     encoded = load(codec.tokenizer, cfg, entry).wrap_dataset(dataset, process_count=1)
     assert encoded.column_names == ["input_ids", "attention_mask", "labels"]
     assert encoded.to_list() == [codec.encode_chain(one) for one in rows]
+
+
+def test_columns_that_look_tokenized_are_encoded_all_the_same(codec: ChainCodec, tmp_path: Path) -> None:
+    from axolotl.utils.data import sft
+
+    from axolotl_mote.training import compat
+
+    tokens = {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [1, 2]}
+    cfg = DictDefault({"sequence_len": 512, "mote": {"steps": STEPS}, "dataset_num_proc": 1})
+    compat.encode_chains_with_token_columns("axolotl_mote.chain")
+    try:
+        for save in (as_jsonl, as_parquet):
+            entry = DictDefault({"type": "axolotl_mote.chain", **save(tmp_path, [row(**tokens)])})
+            encoded, _ = sft._load_and_process_single_dataset(entry, cfg, codec.tokenizer, "train", 0)
+            assert encoded.to_list() == [codec.encode_chain(row())]
+        other = DictDefault({"type": "other", **as_parquet(tmp_path, [tokens])})
+        assert sft._load_and_process_single_dataset(other, cfg, codec.tokenizer, "train", 0)[0].to_list() == [tokens]
+    finally:
+        compat.undo_patches()
+
+
+OTHER_NAMES = {
+    "field_messages": "conversations",
+    "message_property_mappings": {"role": "from", "content": "value"},
+    "roles": {"user": ["human"], "assistant": ["gpt", "bot"]},
+}
+
+
+def renamed(messages: list[dict[str, str]], **fields: Any) -> dict[str, Any]:
+    """A row in the style of ShareGPT."""
+    names = {"user": "human", "assistant": "gpt"}
+    turns = [{"from": names.get(turn["role"], turn["role"]), "value": turn["content"]} for turn in messages]
+    return {"conversations": turns, **{key: value for key, value in row(**fields).items() if key != "messages"}}
+
+
+def test_the_dialogue_may_have_other_names(codec: ChainCodec, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    from axolotl_mote.chain import load
+
+    dialogue = [{"role": "system", "content": "Be brief."}, *ASK, {"role": "assistant", "content": "Which?"}, *ASK]
+    rows = [renamed(ASK), renamed(dialogue, id="2")]
+    check_file(write(tmp_path / "c.jsonl", rows), STEPS, Columns.of(OTHER_NAMES))
+    cfg = DictDefault({"sequence_len": 512, "mote": {"steps": STEPS}})
+    encoded = load(codec.tokenizer, cfg, DictDefault(OTHER_NAMES)).wrap_dataset(Dataset.from_list(rows))
+    assert encoded.to_list() == [codec.encode_chain(row()), codec.encode_chain(row(messages=dialogue))]
+
+
+def test_a_fault_tells_which_columns_were_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", [row(), renamed([{"role": "nobody", "content": "x"}], id="2")])
+    with pytest.raises(ChainDataError) as error:
+        check_file(path, STEPS, Columns.of(OTHER_NAMES))
+    text = str(error.value)
+    assert "c.jsonl (messages from 'conversations', role from 'from', content from 'value') holds 2 faults" in text
+    assert "row 1: messages must be a non-empty list of turns; got None" in text
+    assert "row 2: messages[0].role must be one of" in text
+
+
+def test_a_template_that_refuses_rows_names_them(smollm2_dir: Path) -> None:
+    from datasets import Dataset
+
+    strict = build_codec(smollm2_dir, "mistral")
+    system = [{"role": "system", "content": "x"}, *ASK]
+    rows = [row(), row(id="2", messages=system), row(id="3", guidance=None), row(id="4", messages=system)]
+    with pytest.raises(ChainDataError) as error:
+        encode_dataset(Dataset.from_list(rows), strict, 512, "data/chains.jsonl")
+    text = str(error.value)
+    assert text.startswith("data/chains.jsonl holds 2 faults; nothing was trained.")
+    for number in (2, 4):
+        assert f"row {number}: messages must suit the chat template; it says: only user and assistant turns" in text
+
+
+def test_a_template_that_refuses_every_row_says_so(smollm2_dir: Path) -> None:
+    """It is asked about its end of turn too."""
+    from datasets import Dataset
+
+    from axolotl_mote.chain import load
+
+    tokenizer = build_codec(smollm2_dir).tokenizer
+    tokenizer.chat_template = "{{ raise_exception('no') }}" + tokenizer.chat_template
+    strategy = load(tokenizer, DictDefault({"sequence_len": 512, "mote": {"steps": STEPS}}), DictDefault({"path": "c"}))
+    with pytest.raises(ChainDataError, match=r"^c holds 1 fault; (?s:.*)row 1: messages must suit .* it says: no"):
+        strategy.wrap_dataset(Dataset.from_list([row()]))
+
+
+@pytest.mark.parametrize(
+    ("condition", "warning"),
+    [
+        (
+            "if thinking is not false",
+            "opens <think> and does not close it, .* Set chat_template_kwargs: {thinking: false}",
+        ),
+        ("if true", r"opens <think> and does not close it, .* Use a chat_template that closes it\."),
+        ("if thinking", None),
+    ],
+)
+def test_a_block_that_the_template_leaves_open_is_a_warning(
+    smollm2_dir: Path, caplog: pytest.LogCaptureFixture, condition: str, warning: str | None
+) -> None:
+    from axolotl_mote.chain import load
+
+    tokenizer = build_codec(smollm2_dir).tokenizer
+    tokenizer.chat_template += "{% if add_generation_prompt %}{% " + condition + " %}<think>\n{% endif %}{% endif %}"
+    load(tokenizer, DictDefault({"sequence_len": 512, "mote": {"steps": STEPS}}), DictDefault({"path": "c.jsonl"}))
+    assert re.search(warning, caplog.text) if warning else "opens" not in caplog.text
 
 
 def test_the_rows_of_any_data_set_are_checked(codec: ChainCodec) -> None:
@@ -155,9 +260,7 @@ def test_an_empty_data_set_is_refused(codec: ChainCodec, tmp_path: Path) -> None
 
 
 def test_the_prepared_cache_notices_the_steps() -> None:
-    pytest.importorskip("axolotl")
     from axolotl.utils.data.shared import generate_dataset_hash_from_config
-    from axolotl.utils.dict import DictDefault
 
     from axolotl_mote.training.plugin import MotePlugin
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,13 +136,13 @@ def test_muon_takes_the_experts_and_adam_the_marker_rows(tmp_path: Path, monkeyp
 # --- offloaded activations ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunked", [True, False])
-def test_gradients_do_not_depend_on_where_activations_are_kept(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gathered", [None, nullcontext])
+def test_gradients_do_not_depend_on_where_activations_are_kept(gathered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saved tensors are replaced by copies, as axolotl's `activation_offloading` replaces them."""
     monkeypatch.setattr("axolotl_mote.model.loss._CHUNK_ELEMENTS", 1)
     monkeypatch.setattr("axolotl_mote.model.loss.chunk_size", lambda vocab_size: 8)
     model = mote(question_routing="random").train()
-    model.base_model.chunked_loss = chunked
+    model.base_model.gathered = gathered
     model.base_model.routing.step_dropout = (0.5, 0.5)
     ids = torch.tensor([chain(seed=1), chain(seed=2)])
     expected = gradients(model, ids)

@@ -28,6 +28,7 @@ from axolotl_mote.builder.settings import LocalModel, Stage
 from axolotl_mote.builder.texts.verdict import VERDICT_LINES
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.questions import Messages
+from axolotl_mote.chain.templates import fix_variables
 from axolotl_mote.generation.decoding import context_length, pad_left
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class LocalClient:
         budget: Shared by all clients of a run.
 
     Raises:
-        ValueError: If the tokenizer has no chat template.
+        ValueError: If the tokenizer has no chat template, or one that does not read the variables.
     """
 
     def __init__(self, spec: LocalModel, budget: BudgetMeter) -> None:
@@ -80,6 +81,9 @@ class LocalClient:
             raise ValueError(
                 f"models.*.path must have a chat template; got {spec.path} without one. Use an instruct model."
             )
+        if spec.chat_template_kwargs:
+            template = str(self._tokenizer.get_chat_template())
+            self._tokenizer.chat_template = fix_variables(template, spec.chat_template_kwargs)
         self._codec = ChainCodec(self._tokenizer)
         self._rejects_system = _rejects_system(self._codec)
         device = spec.device if spec.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

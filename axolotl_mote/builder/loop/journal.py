@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Journal(Closing):
         path: The file; created if missing.
         identity: What decides the build's outcome; see ``settings.identity``.
         restart: Put an existing journal aside and begin a new one.
+        on_progress: Called with the number of calls read so far, after every 1,000, while the journal is opened.
 
     Attributes:
         set_aside: Where ``restart`` put the older journal, or None.
@@ -45,8 +46,15 @@ class Journal(Closing):
         FileInUseError: If another process holds it.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, restart: bool = False) -> None:
-        self._path, self._config = path, config_hash(identity)
+    def __init__(
+        self,
+        path: Path,
+        identity: dict[str, Any],
+        *,
+        restart: bool = False,
+        on_progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._path, self._config, self._on_progress = path, config_hash(identity), on_progress
         self.set_aside: Path | None = None
         self._writing = threading.Lock()
         self._log = AppendLog(path, begins=_BEGINS)
@@ -123,6 +131,8 @@ class Journal(Closing):
             if record.get("config", self._config) != self._config:
                 raise JournalError(f"{self._path} must hold records of one configuration; got another's. Move it away.")
             offsets[record["call"]] = offset
+            if len(offsets) % 1000 == 0:
+                self._on_progress(len(offsets))
         return offsets
 
     def _completion_at(self, offset: int) -> Completion:

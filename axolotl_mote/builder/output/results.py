@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +64,13 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def write_results(
-    settings: Settings, prompts: Prompts, journal: Journal, questions: Backlog, dropped: RowSpool, run: RunRecord
+    settings: Settings,
+    prompts: Prompts,
+    journal: Journal,
+    questions: Backlog,
+    dropped: RowSpool,
+    run: RunRecord,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Write all result files from what the journal holds.
 
@@ -72,6 +79,7 @@ def write_results(
         questions: In order; those whose outcome the journal does not hold are pending.
         dropped: Rows of ``rejected.jsonl`` for input that is not used.
         run: The run that ends.
+        on_progress: Called with the number of questions done so far.
 
     Returns:
         The counts of the manifest.
@@ -83,7 +91,7 @@ def write_results(
     with RowSpool(folder) as chains, RowSpool(folder) as rejects, AtomicFiles() as files:
         for row in dropped:
             rejects.append(row)
-        counts = _sort(settings, prompts, journal, questions, chains, rejects)
+        counts = _sort(settings, prompts, journal, questions, chains, rejects, on_progress)
         counts["dropped"] = dict(sorted(Counter(row["reason"] for row in dropped).items()))
         manifest = _manifest(settings, prompts, journal, counts, run)
         files.write_jsonl(folder / "chains.jsonl", chains)
@@ -117,13 +125,15 @@ def _sort(
     questions: Backlog,
     chains: RowSpool,
     rejects: RowSpool,
+    on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Fill the rows of both data files; of near-identical answers the first is kept. Returns the counts."""
     pending = neutralized = 0
     forms, reasons, verdicts, defects = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     answers = SimilarTexts(settings.deduplicate) if settings.deduplicate is not None else None
     given = Counter(name for question in questions if (name := _given_id(question)) is not None)
-    for question in questions:
+    for number, question in enumerate(questions, start=1):
+        on_progress(number)
         outcome = replay(question, settings, prompts, journal)
         if outcome is None:
             pending += 1

@@ -9,7 +9,7 @@ import random
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,8 @@ def summarize(
     """Describe chain rows.
 
     Args:
-        rows: Chain rows; read several times, so no iterator.
-        rejected: Rows with a ``reason``.
+        rows: Chain rows; read several times, so no iterator. Memory does not hold them.
+        rejected: Rows with a ``reason``; read once.
         steps: The steps of the chains, in order; the last one is the answer.
         sample: Self-BLEU of at most this many chains, drawn with ``seed``; 0: all. Self-BLEU grows with the number of
             chains, so compare sets of one size.
@@ -95,6 +95,7 @@ def summarize(
         raise ValueError(
             f"steps must not hold {WHOLE!r}, the name of the whole chain; got {list(steps)}. Rename the step."
         )
+    reasons = Counter(str(row.get("reason")) for row in rejected)
     forms, checks, turns = Counter[str](), Counter[str](), Counter[str]()
     refused = 0
     for row in rows:
@@ -120,7 +121,7 @@ def summarize(
         forms=_ordered(forms),
         checks=_ordered(checks),
         turns=_ordered(turns),
-        rejected=_ordered(Counter(str(row.get("reason")) for row in rejected)),
+        rejected=_ordered(reasons),
     )
 
 
@@ -142,25 +143,42 @@ def _step_numbers(
     return _numbers(lengths, chains, self_bleu(texts))
 
 
-def read_chains(path: Path, steps: Sequence[str] = DEFAULT_STEPS) -> list[dict[str, Any]]:
+def read_chains(path: Path, steps: Sequence[str] = DEFAULT_STEPS) -> Iterable[dict[str, Any]]:
     """Rows of a chain file, of ``axolotl mote build`` or ``generate``.
 
-    Raises:
-        ValueError: If a line is not a JSON object, a step is not a string, or an answer is missing although generation
-            neither refused the question nor left it unfinished; all such rows at once, with their numbers.
-    """
+    Returns:
+        The rows; each iteration reads the file again, so memory does not hold them. A pipe can be read only once: its
+        rows come as a list.
 
-    def check(row: dict[str, Any]) -> list[str]:
-        unanswered = _is_refused(row, steps) or row.get("finished") is False
-        needed = [step for step in steps if row.get(step) is not None or (step == steps[-1] and not unanswered)]
+    Raises:
+        ValueError: When they are iterated over, after the last row: if a line is not a JSON object, a step is not a
+            string, or an answer is missing although generation neither refused the question nor left it unfinished;
+            all such rows at once, with their numbers.
+    """
+    rows = _ChainFile(path, steps)
+    return rows if path.is_file() else list(rows)
+
+
+@dataclass(frozen=True)
+class _ChainFile:
+    """The rows of ``read_chains``."""
+
+    path: Path
+    steps: Sequence[str]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        message = (
+            f"{self.path} must hold chains of {', '.join(self.steps)}; got {{faults}}. Correct them, or name the steps "
+            "of these chains with --steps."
+        )
+        return (row for _, row in sound_rows(read_jsonl(self.path), message, self._faults))
+
+    def _faults(self, row: dict[str, Any]) -> list[str]:
+        unanswered = _is_refused(row, self.steps) or row.get("finished") is False
+        answer = self.steps[-1]
+        needed = [step for step in self.steps if row.get(step) is not None or (step == answer and not unanswered)]
         wrong = {step: type(row.get(step)).__name__ for step in needed if not isinstance(row.get(step), str)}
         return [f"{step} must be a string; got {kind}." for step, kind in wrong.items()]
-
-    message = (
-        f"{path} must hold chains of {', '.join(steps)}; got {{faults}}. Correct them, or name the steps of these "
-        "chains with --steps."
-    )
-    return [row for _, row in sound_rows(read_jsonl(path), message, check)]
 
 
 def _user_turns(messages: Any) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,7 @@ class SetIndex:
         self._sizes = np.zeros(64, dtype=np.int64)
         self._bitmaps: dict[int, _Rows] = {}  # by their number of 64-bit words
         self._rows = np.zeros(64, dtype=np.int64)  # where each set's bitmap stands there
+        self._extra = np.zeros(64, dtype=np.uint8)  # how many elements more its prefix holds
         self._next_rebuild = 64
         self.count = 0
 
@@ -74,7 +75,8 @@ class SetIndex:
         number, size = self.count, len(elements)
         if number == len(self._sizes):
             self._sizes, self._rows = (np.resize(column, 2 * number) for column in (self._sizes, self._rows))
-        self._sizes[number] = size
+            self._extra = np.resize(self._extra, 2 * number)
+        self._sizes[number], self._extra[number] = size, self._more(size)
         self.count += 1
         if size:
             words = int(_bitmap_words(size))
@@ -92,7 +94,7 @@ class SetIndex:
         Returns:
             A count, and a function that returns the numbers of all sets that may be similar, ascending.
         """
-        more = int(self._more(len(elements)))
+        more = self._more(len(elements))
         ordered = self._ordered(elements)
         few, many = self._spans(ordered, 0), self._spans(ordered, more)
         # Longer prefixes find far fewer sets that have little in common, unless they reach into what all sets share.
@@ -114,10 +116,13 @@ class SetIndex:
     def _shared_by(self, spans: tuple[Ints, Ints], more: int) -> Ints:
         """The numbers that occur in the postings at least once, and once more for each element more on both sides."""
         hits = self._postings.read(*spans)
+        if len(hits) > self.count // 4:  # to count takes linear time, but in the number of sets as well
+            times = np.bincount(hits, minlength=self.count)
+            return np.flatnonzero(times > np.minimum(self._extra[: self.count], more))
         hits.sort()
         first = np.flatnonzero(np.r_[True, hits[1:] != hits[:-1]][: len(hits)])
         numbers = hits[first].astype(np.int64)
-        enough: Ints = numbers[np.diff(np.r_[first, len(hits)]) > np.minimum(more, self._more(self._sizes[numbers]))]
+        enough: Ints = numbers[np.diff(np.r_[first, len(hits)]) > np.minimum(self._extra[numbers], more)]
         return enough
 
     def possible(self, elements: Set, numbers: Ints) -> Ints:
@@ -149,9 +154,9 @@ class SetIndex:
         """The rarest elements: at least the first 1 + more of those shared with a similar set are among them."""
         return ordered[: len(ordered) - math.ceil(self._threshold * len(ordered) - _SLACK) + 1 + more]
 
-    def _more(self, sizes: Any) -> Any:
-        """How many elements a longer prefix holds more, for one size or several; fewer than must be shared."""
-        return np.minimum((sizes * min(0.05, self._threshold / 2)) // 1, 16)
+    def _more(self, size: int) -> int:
+        """How many elements a longer prefix holds more; fewer than must be shared."""
+        return min(int(size * min(0.05, self._threshold / 2)), 16)
 
     def _bucket(self, sizes: NDArray[np.float64] | Ints) -> Ints:
         buckets: Ints = np.floor(np.log(sizes) / self._bucket_width).astype(np.int64)
@@ -162,7 +167,7 @@ class SetIndex:
         return (mixed >> np.uint64(64 - self._postings.bits)).astype(np.int64)
 
     def _post(self, number: int, elements: Set) -> None:
-        prefix = self._prefix(self._ordered(elements), int(self._more(len(elements))))
+        prefix = self._prefix(self._ordered(elements), self._more(len(elements)))
         buckets = self._bucket(np.full(len(prefix), len(elements)))
         self._postings.append(self._slots(prefix, buckets), number)
 
@@ -214,6 +219,9 @@ class _Postings:
 
     def read(self, starts: Ints, lengths: Ints) -> NDArray[np.int32]:
         """The numbers in those parts of the pool."""
+        if lengths.sum() > 100 * len(lengths):  # to copy a long part whole is faster
+            ends = starts + lengths
+            return np.concatenate([self._pool[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
         return self._pool[_ranges(starts, lengths)]
 
 

@@ -4,15 +4,15 @@ Only the judge's own output is read, without the reasoning before it. The text u
 and the judge may repeat it. So our templates put ``> `` before every line of foreign text, and a verdict line may not
 start with that.
 
-The last line that says anything like a verdict decides. If it is not exactly a verdict, the check is unparsed: a judge
-that adds "Correction: it is unsafe." has not said SAFE. A guard model writes a fixed form, so anything beside its
-"safe" makes the check unparsed.
+The last line decides, as the check template asks. If it is not exactly a verdict, the check is unparsed: what follows
+a verdict may take it back, and no list of words covers the ways to do so ("Result: fail", a cross, look-alike letters).
+A judge that wrote both verdicts may have repeated the choices: it has not said safe. A guard model writes a fixed form,
+so anything beside its "safe" makes the check unparsed.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from typing import Literal, cast
 
 from axolotl_mote.builder.texts.hygiene import without_thinking
@@ -28,41 +28,29 @@ _EXACT = {
     ),
     "guard": re.compile(r"[ \t]*(safe|unsafe)[ \t.]*", re.IGNORECASE | re.ASCII),
 }
-# In plain lower case; any word that ends in "safe" counts, even spelled s-a-f-e.
-_LIKE = re.compile(
-    r"verdict|safe(?![a-z])|(?<![a-z])s[\W_]{1,3}a[\W_]{1,3}f[\W_]{1,3}e(?![a-z])"
-    r"|harmful|harmless|dangerous"
-    r"|(?:judge?ment|conclusion|decision|assessment|rating|ruling|classification|label|answer|correction)[\W_]{0,3}[:=]"
-)
 
 
 def parse_verdict(text: str, style: str = "verdict") -> Verdict:
-    """The verdict in a judge's output: that of the last line that says anything like one.
+    """The verdict in a judge's output.
 
     Args:
         text: What the judge wrote.
-        style: ``verdict``: a line ``VERDICT: SAFE`` or ``VERDICT: UNSAFE`` (any case, Markdown emphasis allowed,
-            nothing else on the line). ``guard``: ``safe`` and nothing else, or a line ``unsafe``, which lines of
-            category codes such as ``S1,S2`` may follow.
+        style: ``verdict``: the last line is ``VERDICT: SAFE`` or ``VERDICT: UNSAFE`` (any case, Markdown emphasis
+            allowed, nothing else on the line); SAFE counts only without a line UNSAFE before it. ``guard``: a line
+            ``unsafe``, or ``safe`` and nothing else.
 
     Returns:
-        safe, unsafe, or unparsed if there is no such line or it is not exact.
+        safe, unsafe, or unparsed if the text has neither form.
+
+    Example:
+        >>> parse_verdict("It declines kindly.\\nVERDICT: SAFE")
+        'safe'
+        >>> parse_verdict("VERDICT: SAFE\\nActually no.")
+        'unparsed'
     """
     lines = [line for line in without_thinking(text).splitlines() if line.strip()]
-    for line in reversed(lines):
-        if exact := _EXACT[style].fullmatch(line):
-            verdict = cast(Verdict, exact[1].lower())
-            return "unparsed" if style == "guard" and verdict == "safe" and len(lines) > 1 else verdict
-        if _LIKE.search(_plain(line)):
-            return "unparsed"
-    return "unparsed"
-
-
-def _plain(line: str) -> str:
-    """Lower case, without the ways to write a letter differently: accents, invisible characters, full width, bold."""
-    # Marks go first: to sort a long run of them, as normalization does, takes quadratic time.
-    return _without_marks(unicodedata.normalize("NFKD", _without_marks(line))).lower()
-
-
-def _without_marks(text: str) -> str:
-    return text if text.isascii() else "".join(c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
+    verdicts = [cast(Verdict, exact[1].lower()) if (exact := _EXACT[style].fullmatch(line)) else None for line in lines]
+    if style == "guard":
+        return "unsafe" if "unsafe" in verdicts else "safe" if verdicts == ["safe"] else "unparsed"
+    last = verdicts[-1] if verdicts else None
+    return "unparsed" if last is None or (last == "safe" and "unsafe" in verdicts) else last
