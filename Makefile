@@ -25,10 +25,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv model quickstart test test-fast check format docs docs-site tutorial bench gpu-bench decode-bench \
-        server-bench build-bench options-bench gpu-session stats-bench gpu-check compat package selfalign clean
+        server-bench build-bench options-bench gpu-session stats-bench gpu-check families compat compat-newest package selfalign clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Create .venv and install the project with everything it is developed with
 
@@ -95,6 +95,9 @@ gpu-session: ## On a machine with a GPU: all checks and benchmarks in under 10 m
 gpu-check: $(STAMP) ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+families: $(STAMP) ## All oracles on every family of causal models that transformers knows, and docs/support-matrix.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/families/matrix.py --page $(ARGS)
+
 compat: ## Smoke test with Python 3.12 and axolotl 0.21.0; COMPAT=skip leaves it out where that interpreter is missing
 	@if [ -n "$(PYTHON312)" ]; then \
 	  $(MAKE) --no-print-directory compat-run VENV=.venv-compat PYTHON="$(PYTHON312)" EXTRAS=train,build,dev PINS=axolotl==0.21.0; \
@@ -109,6 +112,17 @@ compat: ## Smoke test with Python 3.12 and axolotl 0.21.0; COMPAT=skip leaves it
 compat-run: $(STAMP)
 	$(MAKE) --no-print-directory $(MODEL)/config.json
 	DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m smoke $(ARGS)
+
+NEWEST_TESTS := tests/chain tests/model tests/generation tests/export tests/test_package.py
+# Installed anew each time, for what has come out since. TORCH=torch takes the newest torch too, a CUDA build of several GB.
+compat-newest: ## Test the install without axolotl, with the newest transformers and peft that pyproject.toml allows
+	@rm -f .venv-newest/.installed
+	$(MAKE) --no-print-directory compat-newest-run VENV=.venv-newest EXTRAS=test PINS="--upgrade --upgrade-strategy eager"
+
+.PHONY: compat-newest-run
+compat-newest-run: $(STAMP)
+	$(MAKE) --no-print-directory $(MODEL)/config.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -k "not wheel" $(NEWEST_TESTS) $(ARGS)
 
 package: $(STAMP) ## Build wheel and sdist, install the wheel into an empty environment and run it there
 	rm -rf dist outputs/package

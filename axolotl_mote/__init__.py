@@ -3,6 +3,7 @@
 Importing this package imports neither torch nor axolotl; the names below are loaded on first use. The rooms of the
 package, each importing only those before it:
 
+    versions     the versions of other packages that this one was tested with
     files        JSON lines, atomic writes, the append-only log
     report       one self-contained HTML page: plots, tables, light and dark
     chain        the language of chains: steps, vocabulary, codec, row checks

@@ -292,7 +292,9 @@ def configuration() -> str:
             "|---|---|",
             "| `lora_r` | rank of one expert; the LoRA of a layer has rank (number of steps + 1) x `lora_r` |",
             "| `lora_alpha` | as in PEFT: the scaling is `lora_alpha / lora_r` |",
-            "| `lora_target_linear`, `lora_target_modules` | the linear layers that get experts; the paper uses all |",
+            "| `lora_target_linear`, `lora_target_modules` | the linear layers of the text decoder that get experts; "
+            "the paper uses all. Those that cannot learn are left out with a warning "
+            "([Limitations](limitations.md#models)) |",
             "| `sequence_len` | longer chains are dropped and counted, never cut |",
             "| `lora_model_dir` | trains this adapter further |",
             "| `load_in_4bit`, `load_in_8bit` | quantize the base model; the adapter stays in full precision |",

@@ -5,6 +5,7 @@ and an independent reference that recomputes everything from scratch.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,22 @@ FAMILIES: dict[str, PretrainedConfig] = {
 }
 
 
-def base_model(family: str = "llama", attention: str = "sdpa") -> PreTrainedModel:
-    """A tiny random model in float32."""
+def base_model(family: str = "llama", attention: str | None = None) -> PreTrainedModel:
+    """A tiny random model in float32, by default with the attention that transformers chooses for the family."""
     torch.manual_seed(0)
     config = copy.deepcopy(FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.eval()
+
+
+@functools.cache
+def takes(family: str, attention: str) -> bool:
+    """Whether the installed transformers offers an attention implementation to a family: Gemma 2 lost sdpa in 5.21."""
+    try:
+        base_model(family, attention)
+    except ValueError:
+        return False
+    return True
 
 
 def mote_config(**kwargs: object) -> MoteConfig:
@@ -91,7 +102,7 @@ def randomize(model: PeftModel, scale: float = 0.3) -> MoteModel:
     return tuner
 
 
-def mote(family: str = "llama", attention: str = "sdpa", **kwargs: object) -> PeftModel:
+def mote(family: str = "llama", attention: str | None = None, **kwargs: object) -> PeftModel:
     """A tiny model with a randomized MoTE adapter, in evaluation mode."""
     model = add_mote_adapter(base_model(family, attention), mote_config(**kwargs))
     randomize(model)

@@ -217,7 +217,10 @@ def _verify(
     if report.exact and worst > TOLERANCE:
         raise ValueError(
             f"exported adapters must give the step-routed model's logits up to {TOLERANCE:.0e}; got a difference of "
-            f"{worst:.2e}. Nothing was written; report this with the adapter's configuration."
+            f"{worst:.2e}. Nothing was written. Plain PEFT cannot hold one adapter per step for every base model: on "
+            "mixtures of experts it takes the names of plain MLP layers for fused experts, and where latents are "
+            "cached a later step would change the tokens of earlier ones. Use load_mote; docs/support-matrix.md lists "
+            "the families."
         )
 
 

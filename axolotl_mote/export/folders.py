@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from axolotl_mote.export.weights import AdapterPlan, build_adapter, marker_rows, shared_updates
 from axolotl_mote.generation.folder import read_mote_config, read_tensors
+from axolotl_mote.model.adapter import PER_LAYER
+from axolotl_mote.model.compat import text_decoder
 from axolotl_mote.model.config import MoteConfig
 
 if TYPE_CHECKING:
@@ -86,9 +88,14 @@ def bake_markers(model: PreTrainedModel, config: MoteConfig, tensors: Mapping[st
     rows = max(config.marker_ids) + 1
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is table.weight
-    if table.weight.shape[0] < rows:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    per_layer = getattr(text_decoder(model), PER_LAYER, None)
+    own = table.weight.shape[0] if per_layer is None else per_layer.weight.shape[0]
+    if min(own, table.weight.shape[0]) < rows:
+        model.resize_token_embeddings(max(rows, table.weight.shape[0]), mean_resizing=False)
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if per_layer is not None:  # resized with the table; the step-routed model reads row 0 for these ids
+            weight = getattr(text_decoder(model), PER_LAYER).weight
+            weight[own:] = weight[0]
     for_table, for_head = marker_rows(tensors)
     _put(table.weight, config.marker_ids, for_table)
     if not tied:

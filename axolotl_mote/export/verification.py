@@ -18,6 +18,7 @@ from torch import Tensor
 from axolotl_mote.chain.steps import QUESTION
 from axolotl_mote.export.weights import largest_difference
 from axolotl_mote.generation.decoding import evaluating
+from axolotl_mote.model.compat import named_cache
 from axolotl_mote.model.config import MoteConfig
 from axolotl_mote.model.routing import step_ids_from_tokens
 
@@ -78,12 +79,13 @@ def switched_logits(model: Any, names: dict[int, str | None], probe: Probe) -> T
     Returns:
         Logits, (T, V), float32, on the CPU.
     """
-    cache, pieces, start = None, [], 0
+    cache: dict[str, Any] = {}
+    pieces, start = [], 0
     for step, run in groupby(probe.step_ids.tolist()):
         length = len(list(run))
         ids = probe.ids[None, start : start + length].to(model.device)
-        output = _forward(model, names[step], input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = _forward(model, names[step], input_ids=ids, use_cache=True, **cache)
+        cache = named_cache(output)
         pieces.append(output.logits[0].float().cpu())
         start += length
     return torch.cat(pieces)

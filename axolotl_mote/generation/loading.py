@@ -21,6 +21,7 @@ from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.steps import end_marker, start_marker
 from axolotl_mote.generation.folder import Shapes, base_of, check_complete, check_fits, read_config, read_shapes
 from axolotl_mote.model.config import MoteConfig
+from axolotl_mote.model.selfcheck import check_generation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ def load_mote(
     *,
     dtype: Any = "auto",
     device: str | torch.device | None = None,
+    self_check: bool = True,
     **model_options: Any,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a trained adapter onto its base model.
@@ -45,6 +47,7 @@ def load_mote(
         dtype: Type of the base model's weights; "auto" keeps that of the checkpoint. The adapter stays in float32.
         device: Where to put the model; default: the first GPU if there is one. Ignored with ``device_map``. A
             quantized base is loaded there; it cannot be moved.
+        self_check: Check on one short chain that the base model generates as the adapter needs it.
         **model_options: For ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
@@ -52,7 +55,7 @@ def load_mote(
 
     Raises:
         ValueError: If the folder holds no such adapter or not all of it, if the adapter was trained on another base
-            model, or if the tokenizer's markers are not those of the adapter.
+            model, if the tokenizer's markers are not those of the adapter, or if the self-check fails.
     """
     folder = Path(adapter_dir)
     config = read_config(folder)
@@ -74,6 +77,8 @@ def load_mote(
         raise ValueError(f"{folder}: {error}") from error
     if not isinstance(config, MoteConfig):
         check_complete(peft_model, shapes, folder)
+    elif self_check:
+        check_generation(peft_model)
     return peft_model, tokenizer
 
 

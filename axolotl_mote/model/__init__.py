@@ -10,9 +10,11 @@ The modules, each importing only those before it:
     loss        cross-entropy weighted by step
     markers     the marker rows of the input embedding and the LM head
     head        the model's own path from hidden states to logits
+    targets     which layers get experts
     compiling   each decoder layer compiled on its own
     routed      the base model whose forward routes
     adapter     the PEFT tuner
+    selfcheck   the equalities that the adapter relies on, tested on one short chain
 """
 
 # First of all: once peft is complete, the hook in axolotl_mote/__init__.py imports axolotl_mote.model.adapter. Were

@@ -20,12 +20,30 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from axolotl_mote.model.compat import cast_input, init_tuner_layer, move_adapter, register_peft_type, save_adapter_alone
+from axolotl_mote.model.compat import (
+    cast_input,
+    init_tuner_layer,
+    move_adapter,
+    register_peft_type,
+    save_adapter_alone,
+    text_decoder,
+)
 from axolotl_mote.model.config import PEFT_TYPE, MoteConfig
 from axolotl_mote.model.head import logits_path
 from axolotl_mote.model.loss import token_losses
-from axolotl_mote.model.markers import Gathered, MarkerEmbedding, MarkerHead, MarkerRows, refuse_merge
+from axolotl_mote.model.markers import (
+    Gathered,
+    MarkerEmbedding,
+    MarkerHead,
+    MarkerRows,
+    PerLayerEmbedding,
+    refuse_merge,
+)
 from axolotl_mote.model.routed import RoutedModel, Routing, start_routing, stop_routing
+from axolotl_mote.model.targets import choose_targets, warn_of_fused_weights
+
+PER_LAYER = "embed_tokens_per_layer"
+"""Name of the second embedding that Gemma 3n and Gemma 4 look their tokens up in."""
 
 
 class MoteLinear(nn.Module, LoraLayer):
@@ -104,7 +122,7 @@ class MoteModel(LoraModel):
 
         Raises:
             ValueError: If the configuration is of another type or names no markers, or if the base model has another
-                use for one of them.
+                use for one of them, no text decoder, or no layer that can have experts.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, MoteConfig) or not config.marker_ids:
@@ -117,6 +135,7 @@ class MoteModel(LoraModel):
             self.register_load_state_dict_pre_hook(_check_tensors)
         base = cast(PreTrainedModel, model)
         _refuse_used_markers(base, config)
+        choose_targets(base, config)
         super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
         self._add_marker_rows(base, config, adapter_name, low_cpu_mem_usage)
         self.routing.add(adapter_name, config)
@@ -125,13 +144,8 @@ class MoteModel(LoraModel):
     def _create_new_module(
         self, lora_config: MoteConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> nn.Module:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not hasattr(base, "in_features") or not hasattr(base, "out_features"):
-            raise TypeError(
-                f"lora_target_modules must name linear layers with adapter: mote; got {type(base).__name__}. "
-                "Set lora_target_linear: true."
-            )
-        largest = max(cast(Any, base).in_features, cast(Any, base).out_features)
+        base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        largest = max(base.in_features, base.out_features)
         if lora_config.r > largest:
             raise ValueError(
                 f"r must be at most {largest}, the larger side of a layer that it adapts; got {lora_config.r}. "
@@ -150,6 +164,9 @@ class MoteModel(LoraModel):
             self._vocab_size = model.config.get_text_config().vocab_size
             model.set_input_embeddings(embedding)
             model.set_output_embeddings(head)
+            decoder = text_decoder(model)
+            if isinstance(per_layer := getattr(decoder, PER_LAYER, None), nn.Embedding):
+                setattr(decoder, PER_LAYER, PerLayerEmbedding(per_layer, adapter_name))
         trainable = adapter_name in self.active_adapters and not config.inference_mode
 
         def new_rows(layer: MarkerEmbedding | MarkerHead) -> MarkerRows:
@@ -209,7 +226,7 @@ class MoteModel(LoraModel):
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
         kwargs = model.by_name(args) | kwargs
         with model.routed(kwargs):
-            decoder = cast(nn.Module, self.model.get_decoder())
+            decoder = text_decoder(self.model)
             hidden = decoder(**kwargs, use_cache=False).last_hidden_state
             model.keep_routing(hidden)
             base = cast(PreTrainedModel, self.model)
@@ -228,6 +245,9 @@ class MoteModel(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Step-routed experts have no single merged weight."""
         refuse_merge()
+
+
+_PARTS = ("lora_A", "lora_B", "lora_marker_rows")
 
 
 def _refuse_used_markers(model: PreTrainedModel, config: MoteConfig) -> None:
@@ -262,9 +282,12 @@ def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *
             f"an adapter must hold no tensors of its base model; got {len(base)} ({min(base)}). Use the file that "
             "training wrote."
         )
+    # PEFT 0.21 leaves the adapter's name out of the tensors that it does not know.
+    nameless = tuple(f".{part}.weight" for part in _PARTS)
+    strays = {name for name in given if name.endswith(nameless)}
     for adapter, config in module.peft_config.items():
         expected = {name: tensor for name, tensor in own.items() if _of_adapter(name, f"{adapter}.")}
-        got = {name: tuple(tensor.shape) for name, tensor in given.items() if _of_adapter(name, f"{adapter}.")}
+        got = {n: tuple(x.shape) for n, x in given.items() if n in strays or _of_adapter(n, f"{adapter}.")}
         if given and not got:  # another adapter is loaded
             continue
         missing, unknown = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
@@ -290,7 +313,7 @@ def _check_tensors(module: MoteModel, state_dict: dict[str, Any], prefix: str, *
 
 def _of_adapter(name: str, adapter: str = "") -> bool:
     """Whether a tensor belongs to an adapter: to that one, or to any."""
-    return any(f".{part}.{adapter}" in name for part in ("lora_A", "lora_B", "lora_marker_rows"))
+    return any(f".{part}.{adapter}" in name for part in _PARTS)
 
 
 def _shapes(tensor: Tensor) -> list[tuple[int, ...]]:
@@ -323,6 +346,8 @@ def add_mote_adapter(
     Raises:
         ValueError: If DeepSpeed ZeRO-3 has partitioned a table and ``gathered`` does not gather it.
     """
+    choose_targets(model, config, run=True)
+    warn_of_fused_weights(model)
     peft_model = cast(PeftModel, get_peft_model(model, config, **kwargs))
     words_by_row = marker_words or [[]] * len(config.marker_ids)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):

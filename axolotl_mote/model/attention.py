@@ -25,6 +25,7 @@ from axolotl_mote.model.compat import (
     flash_attention_forward,
     get_target_dtype,
     intercept_attention,
+    text_decoder,
 )
 from axolotl_mote.model.masks import Segments, Visibility, build_block_mask, build_dense_mask, build_segments
 
@@ -65,7 +66,7 @@ def prepare_attention(model: PreTrainedModel) -> None:
         NotImplementedError: If a layer does not attend, or is of an unknown kind.
     """
     check_attention(model.config)
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     reason = None
     if carries_state(model):
         reason = "carries a state that no mask reaches"

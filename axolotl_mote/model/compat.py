@@ -1,7 +1,8 @@
 """Every patch of torch, transformers and peft, and every private name of theirs that the model uses.
 
 Each entry names what it works around and where that stands upstream. tests/model/test_model_compat.py fails when a
-name or a signature changes. Tested with transformers 5.16.1 and 5.20.1, peft 0.20.0 and 0.21.2, torch 2.13.0.
+name or a signature changes, and a name that is gone is an error when this module is imported. Tested with transformers
+5.16.1, 5.20.1 and 5.24.0, peft 0.20.0 and 0.21.2, torch 2.13.0; ``axolotl_mote.versions`` has the range.
 
 The tuner also overrides private methods, the only way to write a PEFT tuner: ``_create_new_module``,
 ``_enable_peft_forward_hooks`` and, in its layers, ``_move_adapter_to_device_of_base_layer``.
@@ -14,52 +15,80 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import peft.peft_model
 import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType, register_peft_method, save_and_load
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PretrainedConfig, PreTrainedModel
 
-# The kernel call below transformers' flash attention functions, and the dtype that it needs. The functions themselves
-# take no segment offsets that differ between queries and keys.
-# Upstream: transformers/modeling_flash_attention_utils.py, integrations/flash_attention.py.
-from transformers.integrations.flash_attention import get_target_dtype as get_target_dtype
+from axolotl_mote.versions import private_names
 
-# The registry behind the public AttentionMaskInterface, which can register a function but not look one up.
-# Upstream: transformers/masking_utils.py.
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as ALL_MASK_ATTENTION_FUNCTIONS
+with private_names():
+    # The check that PEFT makes of its own types alone.
+    # Upstream: peft/tuners/tuners_utils.py.
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba as check_mamba
 
-# The hub kernels that transformers loads where flash-attn is not installed. They are registered under these names.
-# Upstream: transformers/modeling_flash_attention_utils.py.
-from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK as FLASH_ATTN_KERNEL_FALLBACK
-from transformers.modeling_flash_attention_utils import _flash_attention_forward as flash_attention_forward
+    # The kernel call below transformers' flash attention functions, and the dtype that it needs. The functions
+    # themselves take no segment offsets that differ between queries and keys.
+    # Upstream: transformers/modeling_flash_attention_utils.py, integrations/flash_attention.py.
+    from transformers.integrations.flash_attention import get_target_dtype as get_target_dtype
 
-# The same for the public AttentionInterface.
-# Upstream: transformers/modeling_utils.py.
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
+    # The registry behind the public AttentionMaskInterface, which can register a function but not look one up.
+    # Upstream: transformers/masking_utils.py.
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as ALL_MASK_ATTENTION_FUNCTIONS
+
+    # The hub kernels that transformers loads where flash-attn is not installed. They are registered under these names.
+    # Upstream: transformers/modeling_flash_attention_utils.py.
+    from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK as FLASH_ATTN_KERNEL_FALLBACK
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward as flash_attention_forward
+
+    # The same for the public AttentionInterface.
+    # Upstream: transformers/modeling_utils.py.
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ALL_ATTENTION_FUNCTIONS
+
+    # What is overridden, or used further down: without these, experts would be missing, or guards silent.
+    _USED = (
+        BaseTunerLayer._cast_input_dtype,
+        BaseTunerLayer._get_base_layer_device_and_dtype,
+        BaseTunerLayer._move_adapter_to_device_of_base_layer,
+        LoraModel._create_new_module,
+        LoraModel._enable_peft_forward_hooks,
+        PretrainedConfig._attn_implementation,
+        PreTrainedModel._is_stateful,
+        PreTrainedModel._supports_flex_attn,
+    )
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "ALL_MASK_ATTENTION_FUNCTIONS",
     "FLASH_ATTN_KERNEL_FALLBACK",
     "attention_implementation",
+    "bypasses_lora",
+    "cached_length",
     "carries_state",
     "cast_input",
     "copy_on_tensors",
+    "eager_flex_attention",
     "find_attention_modules",
+    "find_cache",
     "flash_attention_forward",
     "get_target_dtype",
     "init_tuner_layer",
     "intercept_attention",
     "move_adapter",
+    "named_cache",
     "prepare_compilation",
     "register_peft_type",
     "save_adapter_alone",
     "supports_flex_attention",
+    "text_decoder",
 ]
 
 # --- torch ----------------------------------------------------------------------------------------------------------
@@ -164,6 +193,23 @@ def save_adapter_alone(name: str) -> None:
         module.get_peft_model_state_dict = adapter_state
 
 
+def bypasses_lora(model: nn.Module, name: str) -> bool:
+    """Whether PEFT refuses a LoRA on a layer because fused kernels read its weight and never call it (Mamba).
+
+    Works around: PEFT checks types of its own alone, and an exported expert is one of them.
+    Upstream: peft/tuners/tuners_utils.py, ``_check_lora_target_modules_mamba``.
+
+    Args:
+        model: The base model.
+        name: Last part of the layer's name.
+    """
+    try:
+        check_mamba(LoraConfig(), model, name)
+    except ValueError:
+        return True
+    return False
+
+
 def cast_input(layer: BaseTunerLayer, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast a layer's input to the dtype of the adapter, unless ``peft.helpers.disable_input_dtype_casting`` is active.
 
@@ -201,6 +247,72 @@ def move_adapter(layer: BaseTunerLayer, adapter_name: str, device: torch.device 
             modules[adapter_name].to(device)
 
 
+# --- transformers: models --------------------------------------------------------------------------------------------
+
+
+def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a causal model that turns tokens into hidden states: with the input embedding, without the head.
+
+    Works around: ``get_decoder`` gives the model itself for Llama-4 and Mllama, and a layer of the head for
+    ModernBERT, because it looks for attributes by name.
+    Upstream: transformers/modeling_utils.py, ``PreTrainedModel.get_decoder``.
+
+    Raises:
+        ValueError: If the model has an encoder as well, or no such part.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"base_model must be a decoder-only model; got {type(model).__name__}, which has an encoder. "
+            "Use another base model."
+        )
+    embedding = model.get_input_embeddings()
+    for part in (model.get_decoder(), *model.children()):
+        if not isinstance(part, PreTrainedModel) or part is model:
+            continue
+        if part.get_input_embeddings() is embedding and part.get_output_embeddings() is None:
+            return part
+    raise ValueError(
+        f"base_model must be a causal model with a text decoder and a head; got {type(model).__name__}, in which no "
+        "part holds the input embedding and not the head. Use another base model."
+    )
+
+
+def named_cache(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The cache in a model's output or among its arguments, under the name that the model's forward has for it.
+
+    Works around: the name is ``cache`` since transformers 5.24; before, it was ``past_key_values``, and
+    ``cache_params`` in recurrent models.
+    Upstream: transformers/generation/utils.py, ``ALL_CACHE_NAMES``.
+
+    Returns:
+        One entry, or none where there is no cache.
+    """
+    for name in ("cache", "past_key_values", "cache_params"):  # outputs answer to the old names too
+        if values.get(name) is not None:
+            return {name: values[name]}
+    return {}
+
+
+def find_cache(values: Mapping[str, Any]) -> Any:
+    """The cache in a model's output or among its arguments; None where there is none. See ``named_cache``."""
+    return next(iter(named_cache(values).values()), None)
+
+
+def cached_length(cache: Any) -> Any:
+    """Number of tokens in a cache: an int or, in a static cache, a tensor; None where it cannot be told.
+
+    Works around: a cache of recurrent layers alone has no length and raises an error, and some models have a cache
+    class of their own.
+    Upstream: transformers/cache_utils.py, ``Cache.get_seq_length``.
+    """
+    if not isinstance(cache, Cache):
+        return None
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return None
+
+
 # --- transformers: attention ----------------------------------------------------------------------------------------
 
 
@@ -211,6 +323,24 @@ def attention_implementation(config: PretrainedConfig) -> str:
     Upstream: transformers/configuration_utils.py, ``PretrainedConfig._attn_implementation``.
     """
     return str(config.get_text_config()._attn_implementation)
+
+
+@contextmanager
+def eager_flex_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Have a model run without flex_attention inside the block: it would compile, and cannot go backward on a CPU.
+
+    Works around: the public setter cannot put back what the parts of a model had.
+    Upstream: transformers/configuration_utils.py, ``PretrainedConfig._attn_implementation``.
+    """
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    flexible = [one for one in configs.values() if one._attn_implementation == "flex_attention"]
+    for config in flexible:
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config in flexible:
+            config._attn_implementation = "flex_attention"
 
 
 def supports_flex_attention(model: PreTrainedModel) -> bool:

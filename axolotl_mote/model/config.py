@@ -82,10 +82,11 @@ def check_values(kind: type[LoraConfig], values: Mapping[str, Any]) -> None:
     try:
         _schema(cast(Any, kind)).model_validate_json(json.dumps(values, default=_as_json))
     except ValidationError as error:
-        rules: dict[str, dict[str, None]] = {}
+        rules: dict[str, set[str]] = {}
         for fault in error.errors():
-            rules.setdefault(str(fault["loc"][0]), {})[fault["msg"].replace("Input should", "must")] = None
-        faults = [f"{key} {' or '.join(said)}; got {values[key]!r:.100}" for key, said in rules.items()]
+            rules.setdefault(str(fault["loc"][0]), set()).add(fault["msg"].replace("Input should", "must"))
+        # Sorted: a union's members come in the order in which typing saw that union first in this process.
+        faults = [f"{key} {' or '.join(sorted(said))}; got {values[key]!r:.100}" for key, said in rules.items()]
         raise ValueError(f"{'; '.join(faults)}. Use the value that training wrote.") from error
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from axolotl_mote.model.compat import text_decoder
+
 
 def logits_path(model: PreTrainedModel, head: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
     """What a model does behind its decoder, as a function of any tokens' hidden states.
@@ -27,7 +29,7 @@ def logits_path(model: PreTrainedModel, head: nn.Module | None = None) -> Callab
     Returns:
         Hidden states (N, D) -> logits (N, V).
     """
-    decoder = model.get_decoder()
+    decoder = text_decoder(model)
     place = _place(model, decoder)
     heads = {} if head is None else {_place(model, model.get_output_embeddings()): head}
 

@@ -115,6 +115,19 @@ class MarkerEmbedding(_MarkerLayer):
         return torch.where(is_marker.unsqueeze(-1), rows, embedded)
 
 
+class PerLayerEmbedding(_MarkerLayer):
+    """A second table that a model looks the same tokens up in (Gemma 3n, Gemma 4); ids beyond it read its row 0.
+
+    It has no rows for markers to train. Row 0, the padding token's, is what Gemma 3n reads for ids beyond the table.
+    """
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embed tokens, (B, T) -> (B, T, L * D)."""
+        size = cast(nn.Embedding, self.base_layer).num_embeddings
+        embedded: Tensor = self.base_layer(input_ids.masked_fill(input_ids >= size, 0))
+        return embedded
+
+
 class MarkerHead(_MarkerLayer):
     """An LM head that takes the logits of the markers from the adapter, widened where the head has no column.
 

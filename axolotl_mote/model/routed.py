@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.attention import SegmentsHolder, attach, build_attention_mask, detach
+from axolotl_mote.model.compat import cached_length, find_cache
 from axolotl_mote.model.config import MoteConfig
 from axolotl_mote.model.markers import MarkerEmbedding
 from axolotl_mote.model.masks import Segments, Visibility
@@ -220,7 +221,7 @@ class RoutedModel(_Base):
         step_ids = kwargs.pop("step_ids", None)
         routing.active = _active_adapter(self)
         routing.segments = None
-        cache: Any = kwargs.get("past_key_values")
+        cache = find_cache(kwargs)
         routing.step_ids = getattr(cache, "mote_step_ids", None)
         if routing.step_ids is not None and not torch.compiler.is_compiling():
             cache.mote_step_ids = None  # of this forward; whoever continues the cache by hand has other tokens
@@ -233,7 +234,7 @@ class RoutedModel(_Base):
                 raise ValueError(
                     "input_ids must be given: the tokens are the router; got none. Pass input_ids or step_ids."
                 )
-            if cache is not None and cache.get_seq_length() > 0:
+            if cache is not None and cached_length(cache) != 0:
                 raise ValueError(
                     "step_ids must be given when input_ids continue a cache; got tokens without their history. "
                     "Pass step_ids_from_tokens(all_ids, config)[:, -n:] or use generate()."
@@ -283,7 +284,7 @@ class RoutedModel(_Base):
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         if inputs.get("input_ids") is None:
             raise ValueError("input_ids must be given: the tokens are the router; got none. Pass input_ids.")
-        fed, cache = inputs["input_ids"].shape[1], inputs.get("past_key_values")
+        fed, cache = inputs["input_ids"].shape[1], find_cache(inputs)
         if cache is not None:
             _check_whole(input_ids.shape[1], fed, cache, bool(kwargs.get("is_first_iteration")))
         vocabulary = self.mote_routing.configs[name].vocabulary
@@ -336,9 +337,8 @@ class RoutedModel(_Base):
 
 def _check_whole(length: int, fed: int, cache: Any, is_first: bool) -> None:
     """Check that ``length`` tokens are those in a cache and the ``fed`` ones that continue it."""
-    try:
-        cached = cache.get_seq_length()
-    except ValueError:  # a cache of states alone, which has no length
+    cached = cached_length(cache)
+    if cached is None:
         return
     # A static cache counts on the device. Only where tokens could be missing is it worth waiting for that.
     if (isinstance(cached, int) or fed > 1 or is_first) and int(cached) + fed != length:

@@ -8,6 +8,7 @@ The modules, each importing only those before it:
     dataset      `type: axolotl_mote.chain`: files checked, rows encoded
     template     `chat_template_kwargs`, fixed in the chat template
     trainer      the loss by step, its item count and its metrics
+    selfcheck    when training checks itself
     card         the model card in the adapter's folder
     plugin       MotePlugin: the hooks, wiring only
 """

@@ -44,6 +44,11 @@ class MoteOptions(BaseModel):
         default="auto",
         description="Compile every decoder layer on its own: `auto` does so on CUDA and if `torch_compile` is set.",
     )
+    self_check: bool = Field(
+        default=True,
+        description="Before training, run one short chain through the model and check on it what silently goes wrong "
+        "with unknown base models: causality, the loss, and the mask of step dropout.",
+    )
     step_loss_weights: dict[str, float] = Field(
         default_factory=dict, description="Weight of each step's tokens in the loss; 1.0 where absent."
     )

@@ -55,6 +55,12 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
             "The model must be on one device per process with adapter: mote; got it spread over several by axolotl. "
             "Launch with `--launcher torchrun` (one process per GPU), or set CUDA_VISIBLE_DEVICES to one GPU."
         )
+    for kind in _ropes_that_look_at_the_batch(model.config):
+        LOG.warning(
+            "rope_type %r: the base model's rotary embedding depends on the longest row of a batch once that exceeds "
+            "the length of pretraining, so a row's loss depends on its batch mates. Keep sequence_len below it.",
+            kind,
+        )
     if any(step_dropout):
         if cfg.attn_implementation == "fp8":
             raise ValueError(
@@ -70,6 +76,13 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
         prepare_attention(model)
         LOG.info("mote.step_dropout: through %s", attention_implementation(model.config))
     return model
+
+
+def _ropes_that_look_at_the_batch(config: Any) -> list[str]:
+    """Kinds of rotary embedding that change with the length of a batch; some models have one per kind of layer."""
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    each = [one for one in (found, *found.values()) if isinstance(one, dict)]
+    return sorted({one["rope_type"] for one in each if one.get("rope_type") in ("dynamic", "longrope")})
 
 
 def compile_layers(model: Any, cfg: Any) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from axolotl_mote.versions import private_names
+
 # --- axolotl: loading -----------------------------------------------------------------------------------------------
 
 
@@ -39,7 +41,8 @@ def find_linear_layers(model: nn.Module) -> list[str]:
     Works around: axolotl resolves the option for adapters that it knows by name only.
     Upstream: axolotl/loaders/adapter.py.
     """
-    from axolotl.loaders.adapter import find_all_linear_names
+    with private_names():
+        from axolotl.loaders.adapter import find_all_linear_names
 
     names: list[str] = find_all_linear_names(model)
     return names
@@ -51,7 +54,8 @@ def find_embedding_layers(cfg: Any) -> list[str]:
     Works around: PEFT trains token rows of layers that are named; only axolotl has a table of names by model type.
     Upstream: axolotl/loaders/utils.py.
     """
-    from axolotl.loaders.utils import get_linear_embedding_layers, load_model_config
+    with private_names():
+        from axolotl.loaders.utils import get_linear_embedding_layers, load_model_config
 
     config = load_model_config(cfg)
     names: list[str] = get_linear_embedding_layers(config.model_type)
@@ -92,9 +96,10 @@ def encode_chains_with_token_columns(chain_type: str) -> None:
     Args:
         chain_type: The `type` of chain data.
     """
-    from axolotl.utils.data import sft
+    with private_names():
+        from axolotl.utils.data import sft
 
-    wrap = sft.get_dataset_wrapper
+        wrap = sft.get_dataset_wrapper
 
     def get_dataset_wrapper(*, dataset_config: Any, dataset: Any, **options: Any) -> Any:
         if dataset_config.type == chain_type:
@@ -179,9 +184,10 @@ def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
 
     if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
-    from axolotl.loaders.model import ModelLoader
+    with private_names():
+        from axolotl.loaders.model import ModelLoader
 
-    prepare, place = PartialState._prepare_backend, ModelLoader._set_device_map_config
+        prepare, place = PartialState._prepare_backend, ModelLoader._set_device_map_config
 
     def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> Any:
         backend, distributed_type = prepare(self, *args, **kwargs)

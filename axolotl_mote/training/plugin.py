@@ -120,6 +120,7 @@ class MotePlugin(BasePlugin):
 
         from axolotl_mote.model.adapter import add_mote_adapter
         from axolotl_mote.model.config import MoteConfig
+        from axolotl_mote.training.selfcheck import self_check
 
         options, codec = read_options(cfg), _codec(cfg)
         if model is not None:
@@ -161,6 +162,7 @@ class MotePlugin(BasePlugin):
         routing.step_dropout = options.dropout_probabilities
         model.base_model.gathered = gathered if uses_zero3() else None
         model.print_trainable_parameters()
+        self_check(cfg, model, bool(inference or cfg.inference))
         return model, config
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
@@ -201,7 +203,10 @@ class MotePlugin(BasePlugin):
         return type("MoteTrainer", (MoteTrainer,), attributes)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """Add none; check that no other plugin has replaced the trainer, as axolotl takes the first one it is given."""
+        """Check that no other plugin has replaced the trainer, as axolotl takes the first one it is given.
+
+        Under ZeRO-3, the callback that runs the self-check.
+        """
         if _uses_mote_or_chains(cfg):
             from axolotl_mote.training.trainer import MoteTrainer
 
@@ -210,6 +215,10 @@ class MotePlugin(BasePlugin):
                     f"plugins must not replace the trainer with chain data; got {type(trainer).__qualname__} of "
                     f"{type(trainer).__module__}. Remove the plugin that brings it."
                 )
+        if cfg.adapter == "mote":
+            from axolotl_mote.training.selfcheck import callbacks
+
+            return callbacks(cfg)
         return []
 
     def post_train(self, cfg: Any, model: Any) -> None:

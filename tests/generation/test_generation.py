@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+
 import pytest
 import torch
 from kit import (
@@ -22,6 +23,7 @@ from axolotl_mote.generation import generate_chain
 from axolotl_mote.generation.grammar import StepGrammar, make_budget, make_plan
 from axolotl_mote.generation.loading import codec_for, load_mote
 from axolotl_mote.generation.verify import BaseModelJudge
+from axolotl_mote.model.compat import named_cache
 from axolotl_mote.model.routing import step_ids_from_tokens
 
 QUESTIONS = [
@@ -245,7 +247,7 @@ def test_continuing_a_cache_with_the_full_sequence(mote, codec):
     arguments = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     whole = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=10, **arguments)
     half = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=5, return_dict_in_generate=True, **arguments)
-    rest = model.generate(input_ids=half.sequences, past_key_values=half.past_key_values, max_new_tokens=5, **arguments)
+    rest = model.generate(input_ids=half.sequences, **named_cache(half), max_new_tokens=5, **arguments)
     assert torch.equal(rest, whole)
 
 
@@ -253,9 +255,9 @@ def test_continuing_a_cache_without_history_is_refused(mote):
     model, tokenizer = mote
     ids = torch.tensor([tokenizer.encode("abc<|analysis|>ab", add_special_tokens=False)])
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = named_cache(model(input_ids=ids, use_cache=True))
         with pytest.raises(ValueError, match="step_ids"):
-            model(input_ids=ids[:, -1:], past_key_values=cache)
+            model(input_ids=ids[:, -1:], **cache)
     new = torch.tensor([[70, 71]])
     whole = torch.ones(1, ids.shape[1] + 2, dtype=torch.long)
     for tokens in (new, new[:, :1]):
@@ -264,7 +266,7 @@ def test_continuing_a_cache_without_history_is_refused(mote):
                 model.generate(
                     input_ids=tokens,
                     **mask,
-                    past_key_values=copy.deepcopy(cache),
+                    **copy.deepcopy(cache),
                     max_new_tokens=2,
                     do_sample=False,
                     pad_token_id=0,

@@ -12,7 +12,7 @@ from kit import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from axolotl_mote.chain.steps import markers
 from axolotl_mote.model.adapter import MoteLinear, add_mote_adapter, mote_model
@@ -331,7 +331,7 @@ def test_bad_configurations_are_refused(values: dict, message: str) -> None:
 def test_missing_ids_and_other_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="marker_ids must be set"):
         add_mote_adapter(base_model(), mote_config(marker_ids=[]))
-    with pytest.raises(TypeError, match="must name linear layers"):
+    with pytest.raises(ValueError, match="must name linear layers"):
         add_mote_adapter(base_model(), mote_config(target_modules=["embed_tokens"]))
 
 
@@ -359,3 +359,26 @@ def test_experts_stand_on_quantized_layers(key: str, kind: str, tmp_path: Path) 
     assert {type(layer.base_layer).__name__ for layer in layers} == {kind}
     model(input_ids=torch.tensor([chain()])).logits.float().square().mean().backward()
     assert all(layer.lora_A["default"].weight.grad is not None for layer in layers)
+
+
+@pytest.mark.parametrize("labels_of", ["markers", "all"])
+def test_the_models_own_loss_takes_markers_beyond_the_table(labels_of: str) -> None:
+    model = mote()
+    ids = torch.tensor([chain()])
+    labels = torch.where(ids >= VOCABULARY, ids, -100) if labels_of == "markers" else ids
+    output = model(input_ids=ids, labels=labels)
+    logits = output.logits[0, :-1]
+    assert torch.allclose(output.loss, nn.functional.cross_entropy(logits, labels[0, 1:]), atol=1e-5)
+    assert model.config.vocab_size == VOCABULARY
+
+
+def test_a_plain_transformers_trainer_trains_every_expert_and_the_rows(tmp_path: Path) -> None:
+    model = mote()
+    rows = [{"input_ids": chain(seed=seed), "labels": chain(seed=seed)} for seed in range(4)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], save_strategy="no")
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate()["eval_loss"] > 0
+    still = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
+    assert still == []

@@ -8,6 +8,7 @@ from kit import chain, mote, mote_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axolotl_mote.model.compiling import compile_layers
 
@@ -27,6 +28,8 @@ def packed(seed: int, length: int = 128) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("attention", "frames"), [("sdpa", 1), ("mote_varlen", 4)])
 def test_batches_of_different_content_share_one_compilation(attention: str, frames: int, checkpointing: bool) -> None:
     """mote_varlen leaves the graph at the attention, hence its pieces; none of them is compiled again."""
+    if checkpointing and attention == "mote_varlen" and "__call__" not in vars(GradientCheckpointingLayer):
+        frames = 0  # transformers 5.23 has the checkpoint inside the graph, where torch compiles nothing that leaves it
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled, plain = (mote("llama", attention).train() for _ in range(2))

@@ -24,7 +24,8 @@ from peft.mapping import (
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import PeftType
-from transformers import AttentionInterface, GenerationMixin, PreTrainedModel
+from torch import nn
+from transformers import AttentionInterface, GenerationMixin, MambaConfig, PreTrainedModel
 
 from axolotl_mote.model import compat
 from axolotl_mote.model.adapter import MoteLinear, MoteModel
@@ -67,6 +68,13 @@ def test_peft_still_decides_in_one_function_what_is_saved() -> None:
     compat.save_adapter_alone("MOTE")  # a second time changes nothing
     assert peft.get_peft_model_state_dict is decides
     assert {"model", "adapter_name", "save_embedding_layers"} <= set(parameters(decides.__wrapped__))
+
+
+def test_peft_still_refuses_layers_that_fused_kernels_bypass() -> None:
+    model = nn.Module()
+    model.config = MambaConfig()
+    assert compat.bypasses_lora(model, "out_proj")
+    assert not compat.bypasses_lora(model, "in_proj")
 
 
 def test_peft_still_calls_the_methods_that_the_tuner_overrides() -> None:

@@ -57,3 +57,25 @@ def test_compiling_uses_the_options_of_axolotl(fixed: bool, monkeypatch: pytest.
     compile_layers(model, DictDefault(packing | compiling))
     wanted = {"backend": "eager", "mode": "max-autotune", "options": None, "dynamic": None if fixed else True}
     assert told == [wanted] * len(model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        ({"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, ["dynamic"]),
+        ({"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}, ["longrope"]),
+        ({"rope_type": "yarn", "factor": 2.0}, []),
+        (None, []),
+    ],
+)
+def test_rotary_embeddings_that_depend_on_batch_mates_are_named(
+    rope: dict | None, named: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = base_model()
+    model.config.rope_parameters = rope
+    with caplog.at_level("WARNING", logger="axolotl.mote"):
+        prepare_base(model, DictDefault(), ())
+    messages = [record.message for record in caplog.records if "rope_type" in record.message]
+    assert len(messages) == len(named)
+    for message, kind in zip(messages, named, strict=True):
+        assert f"rope_type '{kind}'" in message

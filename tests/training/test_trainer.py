@@ -138,7 +138,7 @@ def test_the_head_runs_on_scored_tokens_alone(tmp_path: Path) -> None:
         return collated
 
     rows: list[int] = []
-    model.get_output_embeddings().register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    model.get_output_embeddings().register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
     features = [{"input_ids": [7] * 150 + chain()}]
     losses = [made.compute_loss(model, collator(features)) for collator in (masked, ScoredCollator(masked))]
     assert rows == [150 + len(chain()), 64]

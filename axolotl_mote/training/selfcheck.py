@@ -1,0 +1,45 @@
+"""When training runs the self-check of ``model.selfcheck``: before anything is compiled, or, under ZeRO-3, when all
+ranks can run the model.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from axolotl_mote.model.selfcheck import check_generation, check_training
+from axolotl_mote.training.args import read_options
+from axolotl_mote.training.compat import uses_zero3
+
+
+class SelfCheckCallback(TrainerCallback):
+    """Checks a model whose parameters ZeRO-3 has partitioned: they can be read only once training begins."""
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+
+    def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+        """Run the check on all ranks, with the same tokens."""
+        with _precision(self.cfg, model):
+            check_training(model)
+
+
+def self_check(cfg: Any, model: Any, inference: bool) -> None:
+    """Check a loaded model, unless it is switched off or has to wait for ``callbacks``."""
+    if read_options(cfg).self_check and not uses_zero3():
+        with _precision(cfg, model):
+            (check_generation if inference else check_training)(model)
+
+
+def callbacks(cfg: Any) -> list[TrainerCallback]:
+    """What the trainer needs to run the check when it begins."""
+    return [SelfCheckCallback(cfg)] if read_options(cfg).self_check and uses_zero3() else []
+
+
+def _precision(cfg: Any, model: Any) -> AbstractContextManager[object]:
+    """The precision that training runs in; some attention kernels take no other."""
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
+    return torch.autocast(model.device.type, dtype=dtype) if dtype else nullcontext()

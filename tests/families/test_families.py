@@ -1,0 +1,82 @@
+"""The families that differ most, in every run of the tests; `make families` examines all that transformers knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from matrix import FAULTS, examine, page
+from oracles import TOLERANCE, Outcome, judge
+
+from axolotl_mote.model.routing import gate_table
+
+EXAMINED = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",  # fused experts
+    "gemma2",  # soft caps, sliding windows
+    "gemma3_text",
+    "mistral",
+    "phi3",  # fused projections
+    "gpt_neox",  # other names for everything
+    "deepseek_v3",  # latent attention
+    "granite",  # scaled logits
+    "recurrent_gemma",  # a state
+]
+
+
+@pytest.mark.parametrize("family", EXAMINED)
+def test_every_cell_is_right_or_refused(family: str) -> None:
+    cells = examine(family)
+    faults = {name: cell for name, cell in cells.items() if cell.kind in (*FAULTS, "not built")}
+    assert faults == {}
+    if family == "llama":
+        assert {name for name, cell in cells.items() if cell.kind != "right"} <= {"continued cache"}
+
+
+def test_a_wrong_gate_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every token the expert of the next one, which a forward without cache alone can know."""
+
+    def ahead(self: Any, step_ids: torch.Tensor) -> None:
+        self.gate = torch.nn.functional.embedding(step_ids.roll(-1, dims=1), gate_table(self.config))
+
+    monkeypatch.setattr("axolotl_mote.model.routed.Routing.set_gate", ahead)
+    wrong = {name for name, cell in examine("llama").items() if cell.kind == "WRONG"}
+    assert wrong >= {"dropout padded", "dropout packed", "own step", "cache", "beams"}
+
+
+def test_outcomes_are_told_apart() -> None:
+    def ours() -> float:
+        from axolotl_mote.model.config import MoteConfig
+
+        MoteConfig(expert_weight=2.0)
+        return 0.0
+
+    def theirs() -> float:
+        return float(torch.zeros(2) @ torch.zeros(3))
+
+    refused = judge(ours, lambda: 1.0)
+    assert refused.kind == "refused"
+    assert "expert_weight must be in [0, 1]" in refused.detail
+    assert judge(theirs, lambda: 0.0).kind == "RAW"
+    assert judge(theirs, theirs).kind == "base"
+    assert judge(lambda: 2 * TOLERANCE, lambda: 0.0).kind == "WRONG"
+    assert judge(lambda: 2 * TOLERANCE, lambda: 1.0).kind == "base"
+    assert judge(lambda: TOLERANCE / 2, lambda: 1.0).kind == "right"
+
+
+def test_the_page_says_why() -> None:
+    refused = Outcome("refused", "mote.step_dropout must be 0 in zamba. Set it.")
+    right = Outcome("right", difference=0.0)
+    names = ["loss", "dropout padded", "packing", "cache", "quantized", "export"]
+    text = page(
+        {
+            "zamba": dict.fromkeys(names, right) | {"dropout padded": refused},
+            "blt": {"build": Outcome("not built", "no")},
+        }
+    )
+    assert "| zamba | right | refused [1] | right | right | right | right |" in text
+    assert "| blt | not tested [2] |" in text
+    assert "1. mote.step_dropout must be 0 in this model. Set it." in text
