@@ -148,10 +148,15 @@ class ChainCodec:
         answer. Some templates open the next turn unasked; a turn opens with the token that opens the dialogue.
 
         Raises:
-            ValueError: If the template refuses an answered question.
+            ValueError: If the template refuses an answered question or leaves out its text, or nothing ends it.
         """
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _OPEN}]
         pieces = self._render(turns).split(_OPEN)
+        if len(pieces) == 1:
+            raise ValueError(
+                "chat_template must write the text of an assistant's turn; it left it out. Use a template that takes "
+                "`content` as text."
+            )
         head, last = self._encode(pieces[0]), self._encode(pieces[-1])
         try:
             followed = self._render([*turns, {"role": "user", "content": _CLOSE}])
@@ -168,6 +173,11 @@ class ChainCodec:
         ]
         if not ends:  # the template ends dialogues only, or with the token that opens them
             ends = [position for position, token in enumerate(last) if token in self._special_tokens][:1]
+        if not ends and self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "an answer must end with a special token; the chat template writes none behind it, and the tokenizer "
+                "has no eos_token. Set special_tokens: eos_token."
+            )
         return tuple(last[: ends[-1] + 1]) if ends else (self.tokenizer.eos_token_id,)
 
     def _render(self, messages: Sequence[Mapping[str, str]], **options: bool) -> str:
@@ -182,8 +192,7 @@ class ChainCodec:
 
         Some templates put ordinary text, a space or a line break, between the answer and it.
         """
-        end = self.end_of_turn[-1]
-        return int(end if end is not None else 0)
+        return int(self.end_of_turn[-1])
 
     @property
     def pad_id(self) -> int:

@@ -19,6 +19,23 @@ if TYPE_CHECKING:
 _GIVEN = ("messages", "add_generation_prompt", "continue_final_message")
 """What the caller of a template gives."""
 
+_RESERVED = (
+    "not",
+    "and",
+    "or",
+    "in",
+    "is",
+    "if",
+    "else",
+    "true",
+    "false",
+    "none",
+    "loop",
+    "namespace",
+    "raise_exception",
+)
+"""What Jinja and the tokenizer give."""
+
 _TAG = re.compile(r"[<\[](/?)([A-Za-z][\w:]*)[>\]]")  # <think>, </think>, [THINK]; no control tokens such as <|user|>
 _CONDITION = re.compile(r"\b(?:if|elif|and|or|not)\s+\(?([A-Za-z_]\w*)\b(?!\s*[.(\[])")
 _PROBE = "\ue000"
@@ -42,7 +59,8 @@ def fix_variables(template: str, values: Mapping[str, Any]) -> str:
         ValueError: If the template does not read a variable, or its caller always gives it.
     """
     for name in values:
-        if name in _GIVEN or not name.isidentifier() or not re.search(rf"\b{name}\b", template):
+        known_name = isinstance(name, str) and name.isidentifier() and name not in (*_GIVEN, *_RESERVED)
+        if not known_name or not re.search(rf"\b{name}\b", template):
             known = ", ".join(_conditions(template)) or "none"
             raise ValueError(
                 f"chat_template_kwargs must name variables of the chat template, such as {known}; got {name!r}. "
@@ -63,7 +81,13 @@ def _literal(value: Any) -> str:
         return "{" + ", ".join(f"{_literal(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "chat_template_kwargs must hold null, booleans, finite numbers, strings, lists and maps of these; got "
+            f"{value!r} of type {type(value).__name__}. Quote it."
+        ) from error
 
 
 def _conditions(template: str) -> list[str]:

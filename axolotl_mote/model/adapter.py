@@ -231,7 +231,7 @@ class MoteModel(LoraModel):
             model.keep_routing(hidden)
             base = cast(PreTrainedModel, self.model)
             head = None if self.gathered is None else base.get_output_embeddings().held(self.gathered)
-            losses = token_losses(hidden, targets, logits_path(base, head), self._vocab_size, scored)
+            losses = token_losses(hidden, targets, logits_path(base, head, self.routing.turn), self._vocab_size, scored)
         return CausalLMOutputWithPast(loss=losses)
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -7,7 +7,7 @@ configurations: the model's own forward runs, with a stand-in where its decoder 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,18 @@ from transformers.utils import ModelOutput
 from axolotl_mote.model.compat import text_decoder
 
 
-def logits_path(model: PreTrainedModel, head: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+def logits_path(
+    model: PreTrainedModel,
+    head: nn.Module | None = None,
+    turn: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Callable[[Tensor], Tensor]:
     """What a model does behind its decoder, as a function of any tokens' hidden states.
 
     Args:
         model: A causal language model.
         head: Runs in place of the model's LM head; None means the model's own.
+        turn: Keeps other threads' forwards out while the stand-in is there, also when a call is repeated in the
+            backward pass.
 
     Returns:
         Hidden states (N, D) -> logits (N, V).
@@ -35,7 +41,7 @@ def logits_path(model: PreTrainedModel, head: nn.Module | None = None) -> Callab
 
     def logits(hidden: Tensor) -> Tensor:
         tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        with _replaced(model, {place: _StandIn(getattr(model, place), decoder, hidden), **heads}):
+        with turn(), _replaced(model, {place: _StandIn(getattr(model, place), decoder, hidden), **heads}):
             # The function of the class: no hook on the model, and no routing, sees this call.
             found: Tensor = type(model).forward(model, input_ids=tokens).logits
         return found[0]

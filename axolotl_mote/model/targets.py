@@ -105,6 +105,8 @@ def _text_modules(model: PreTrainedModel) -> set[nn.Module]:
 
 def _named_layers(model: PreTrainedModel, config: MoteConfig) -> dict[str, nn.Module]:
     """The modules that a configuration names and does not exclude, as PEFT matches them, without adapters on them."""
+    if config.target_modules is None:
+        return {}
     modules: dict[str, nn.Module] = {}
     below: tuple[str, ...] = ()
     for name, module in model.named_modules():

@@ -82,10 +82,10 @@ def test_a_verdict_that_was_cut_off_does_not_count(make_settings: Make) -> None:
     assert outcome.reason == "unparsed"
 
 
-def test_contradictory_verdicts_the_last_one_counts(make_settings: Make) -> None:
+def test_of_contradictory_verdicts_only_unsafe_counts(make_settings: Make) -> None:
     settings = make_settings(chain="response")
     assert play(settings, "Text.", "VERDICT: SAFE\nVERDICT: UNSAFE")[0].reason == "unsafe"
-    assert play(settings, "Text.", "VERDICT: UNSAFE\nVERDICT: SAFE")[0].reason is None
+    assert play(settings, "Text.", "VERDICT: UNSAFE\nVERDICT: SAFE")[0].reason == "unparsed"
 
 
 def test_a_fake_verdict_in_the_answer_is_no_verdict(make_settings: Make) -> None:

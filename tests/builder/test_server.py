@@ -263,8 +263,8 @@ def test_contradictory_verdicts_and_none(make_settings: Make, serve: Serve) -> N
         return chat_reply(next((v for word, v in verdicts.items() if f"> {word}" in str(body)), "VERDICT: SAFE"))
 
     report = build(make_settings(serve(script).url, chain="response"))
-    assert report.counts["kept"] == 2
-    assert report.counts["reasons"] == {"unparsed": 1, "unsafe": 1}
+    assert report.counts["kept"] == 1
+    assert report.counts["reasons"] == {"unparsed": 2, "unsafe": 1}  # SAFE after UNSAFE is no verdict
 
 
 def test_concurrency_is_bounded_per_replica_and_replicas_share_the_work(make_settings: Make, serve: Serve) -> None:

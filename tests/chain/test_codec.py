@@ -118,6 +118,17 @@ def test_a_template_without_an_end_of_turn_ends_with_eos(smollm2_dir: Path) -> N
     tokenizer = build_tokenizer(smollm2_dir, "chatml")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     assert ChainCodec(tokenizer).end_of_turn == (tokenizer.eos_token_id,)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="an answer must end with a special token"):
+        _ = ChainCodec(tokenizer).end_of_turn
+
+
+def test_a_template_that_leaves_out_the_text_is_refused(smollm2_dir: Path) -> None:
+    tokenizer = build_tokenizer(smollm2_dir, "chatml")
+    parts = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + parts + "<|im_end|>\n{% endfor %}"
+    with pytest.raises(ValueError, match="must write the text of an assistant's turn; it left it out"):
+        _ = ChainCodec(tokenizer).end_of_turn
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,15 @@ def test_a_saved_tokenizer_renders_the_prompt_of_training(universal: Any, tmp_pa
         loaded.chat_template = (tmp_path / "chat_template.jinja").read_text("utf-8")
         plain = loaded.apply_chat_template(dialogue, add_generation_prompt=True, return_dict=False)
         assert question == plain == ChainCodec(loaded, STEPS).encode_question(dialogue), name
+
+
+@pytest.mark.parametrize("name", [1, "not", "namespace", "raise_exception"])
+def test_a_name_that_cannot_be_a_variable_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match="chat_template_kwargs must name variables of the chat template"):
+        fix_variables("{{ raise_exception(namespace(x=not 1)) }}", {name: True})
+
+
+@pytest.mark.parametrize("value", [datetime.date(2024, 7, 26), float("nan"), b"x", [float("inf")]])
+def test_a_value_that_jinja_cannot_spell_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="chat_template_kwargs must hold null, booleans, finite numbers"):
+        fix_variables("{{ x }}", {"x": value})

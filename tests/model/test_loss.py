@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -33,7 +33,6 @@ OWN_LOGITS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 3.0},
     "granite": {"logits_scaling": 5.0},
     "hyperclovax": {"logits_scaling": 5.0},
-    "falcon_h1": {"lm_head_multiplier": 3.0},
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},  # its forward calls model.decoder
 }
 
@@ -119,6 +118,27 @@ def test_a_held_head_is_gathered_once_and_changes_nothing(
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, atol=1e-5), name
+
+
+def test_a_repeated_chunk_keeps_other_threads_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the backward pass too, a stand-in is where the decoder belongs."""
+    monkeypatch.setattr(loss_module, "chunk_size", lambda vocab_size: 8)
+    model, (ids, targets) = mote(), one_batch()
+    decoder, taken = model.get_decoder(), []
+
+    def turn() -> AbstractContextManager[object]:
+        assert model.get_decoder() is decoder
+        taken.append(1)
+        return nullcontext()
+
+    losses = model(input_ids=ids, targets=targets).loss
+    monkeypatch.setattr(model.base_model.routing, "turn", turn)
+    losses.sum().backward()
+    assert taken == []  # the path took the method that was there before
+    losses = model(input_ids=ids, targets=targets).loss
+    before = len(taken)
+    losses.sum().backward()
+    assert len(taken) - before == -(-ids.numel() // 8)
 
 
 def gradients(model: Any, ids: Tensor, targets: Tensor) -> dict[str, Tensor]:

@@ -103,6 +103,19 @@ def test_a_fault_of_training_is_named(
         check_training(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bidirectional_attention_is_seen_in_any_precision(dtype: torch.dtype) -> None:
+    model = dropping(attention="eager").to(dtype)
+
+    def without_mask(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "attention_mask": None}
+
+    for layer in model.get_decoder().layers:
+        layer.self_attn.register_forward_pre_hook(without_mask, with_kwargs=True)
+    with pytest.raises(SelfCheckError, match="causality must be exact"):
+        check_training(model)
+
+
 def test_only_dropped_steps_need_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ignored_mask(monkeypatch)
     model.base_model.routing.step_dropout = (0.0, 0.0)
@@ -113,6 +126,7 @@ def test_only_dropped_steps_need_the_mask(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_fault_of_generation_is_named(change: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong steps give other logits; steps of the wrong shape an error, which is told too."""
     model = mote()
+    model.base_model.model.generation_config.num_beams = 3  # what a base asks for when it generates is not checked
     original = type(model.base_model.model).prepare_inputs_for_generation
 
     def misrouted(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
