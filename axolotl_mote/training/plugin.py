@@ -226,10 +226,14 @@ class MotePlugin(BasePlugin):
         folder = Path(cfg.output_dir)
         if cfg.adapter != "mote" or os.environ.get("RANK", "0") != "0" or not (folder / "adapter_config.json").exists():
             return
+        from axolotl_mote.model.adapter import mote_model
         from axolotl_mote.model.config import MoteConfig
         from axolotl_mote.training.card import write_card
 
-        write_card(folder, cfg, MoteConfig.from_pretrained(folder), read_options(cfg))
+        # Not from the file where it can be helped: the first process of another node may be writing it again.
+        tuner = None if model is None else mote_model(model)
+        config = MoteConfig.from_pretrained(folder) if tuner is None else tuner.routing.config
+        write_card(folder, cfg, config, read_options(cfg))
 
 
 def _uses_mote_or_chains(cfg: Any) -> bool:
