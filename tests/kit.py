@@ -38,7 +38,7 @@ VOCABULARY = 96
 STEPS = ("analysis", "guidance", "response")
 MARKER_IDS = list(range(VOCABULARY, VOCABULARY + 6))  # beyond the table: no row of the base model is used
 
-_SIZE = {
+SIZE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -53,16 +53,16 @@ _SIZE = {
 _KINDS = ["sliding_attention", "full_attention"]
 
 FAMILIES: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**_SIZE),
-    "llama_tied": LlamaConfig(**_SIZE, tie_word_embeddings=True),
-    "mistral": MistralConfig(**_SIZE, sliding_window=7),
-    "qwen2": Qwen2Config(**_SIZE, use_sliding_window=True, sliding_window=7, layer_types=_KINDS),
-    "qwen3": Qwen3Config(**_SIZE, head_dim=8),
+    "llama": LlamaConfig(**SIZE),
+    "llama_tied": LlamaConfig(**SIZE, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZE, sliding_window=7),
+    "qwen2": Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=7, layer_types=_KINDS),
+    "qwen3": Qwen3Config(**SIZE, head_dim=8),
     "gemma2": Gemma2Config(
-        **_SIZE, head_dim=8, query_pre_attn_scalar=8, sliding_window=7, layer_types=_KINDS, final_logit_softcapping=5.0
+        **SIZE, head_dim=8, query_pre_attn_scalar=8, sliding_window=7, layer_types=_KINDS, final_logit_softcapping=5.0
     ),
-    "gemma3": Gemma3TextConfig(**_SIZE, head_dim=8, query_pre_attn_scalar=8, sliding_window=7, layer_types=_KINDS),
-    "phi3": Phi3Config(**_SIZE, sliding_window=7),
+    "gemma3": Gemma3TextConfig(**SIZE, head_dim=8, query_pre_attn_scalar=8, sliding_window=7, layer_types=_KINDS),
+    "phi3": Phi3Config(**SIZE, sliding_window=7),
 }
 
 

@@ -21,6 +21,7 @@ from axolotl_mote.model.compat import (
     FLASH_ATTN_KERNEL_FALLBACK,
     attention_implementation,
     carries_state,
+    decoder_layers,
     find_attention_modules,
     flash_attention_forward,
     get_target_dtype,
@@ -72,7 +73,7 @@ def prepare_attention(model: PreTrainedModel) -> None:
         reason = "carries a state that no mask reaches"
     elif "position_ids" not in inspect.signature(decoder.forward).parameters:
         reason = "takes no position_ids: positions could not follow what a token sees"
-    elif not all(any(find_attention_modules(layer)) for layer in _layers(decoder)):
+    elif not all(any(find_attention_modules(layer)) for layer in decoder_layers(decoder)):
         reason = "has layers with an attention of their own, or none"
     if reason is not None:
         raise NotImplementedError(
@@ -93,13 +94,6 @@ def prepare_attention(model: PreTrainedModel) -> None:
         )
     if name in FLASH:  # hub kernels are registered while the model is loaded
         intercept_attention(name, _flash_segmented)
-
-
-def _layers(decoder: nn.Module) -> list[nn.Module]:
-    """The layers of a decoder: its only list of modules, or the one called ``layers``; else the decoder itself."""
-    lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
-    found = lists.get("layers") or (next(iter(lists.values())) if len(lists) == 1 else [decoder])
-    return list(found)
 
 
 def check_attention(config: PretrainedConfig) -> None:

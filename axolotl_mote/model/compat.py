@@ -75,6 +75,7 @@ __all__ = [
     "carries_state",
     "cast_input",
     "copy_on_tensors",
+    "decoder_layers",
     "eager_flex_attention",
     "find_attention_modules",
     "find_cache",
@@ -275,6 +276,17 @@ def text_decoder(model: PreTrainedModel) -> PreTrainedModel:
         f"base_model must be a causal model with a text decoder and a head; got {type(model).__name__}, in which no "
         "part holds the input embedding and not the head. Use another base model."
     )
+
+
+def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    """The layers of a text decoder; the decoder itself where they cannot be told.
+
+    Works around: transformers has no name for them. Most families say ``layers``, others ``h`` or ``blocks``.
+    Upstream: transformers/models/llama/modeling_llama.py, ``LlamaModel``; models/bloom/modeling_bloom.py.
+    """
+    lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
+    found = lists.get("layers") or (next(iter(lists.values())) if len(lists) == 1 else [decoder])
+    return list(found)
 
 
 def named_cache(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from axolotl_mote.model.compat import prepare_compilation, text_decoder
+from axolotl_mote.model.compat import decoder_layers, prepare_compilation, text_decoder
 
 
 def compile_layers(
@@ -34,7 +34,7 @@ def compile_layers(
         on_fallback: Called with torch's message if the limit is reached all the same.
     """
     prepare_compilation(on_fallback)
-    for layer in cast(Any, text_decoder(model)).layers:
+    for layer in decoder_layers(text_decoder(model)):
         layer.compile(
             backend=backend,
             mode=mode,

@@ -136,10 +136,10 @@ class Routing(SegmentsHolder):
 
     def restore_before(self, output: Tensor) -> None:
         """Bring the current state back when the backward pass of an output begins, for layers that run again."""
-        gate, segments = self.gate, self.segments
+        gate, segments, step_ids = self.gate, self.segments, self.step_ids
 
         def restore(_: Tensor) -> None:
-            self.gate, self.segments = gate, segments
+            self.gate, self.segments, self.step_ids = gate, segments, step_ids
 
         output.register_hook(restore)  # type: ignore[no-untyped-call]
 
@@ -192,14 +192,14 @@ class RoutedModel(_Base):
         """
         routing: Routing = self.mote_routing
         with routing.turn():
-            before = routing.gate, routing.segments
+            before = routing.gate, routing.segments, routing.step_ids
             try:
                 with torch.no_grad():
                     self._route(kwargs)
                 yield
             finally:
                 if not torch.is_grad_enabled():  # nothing of this forward will run again
-                    routing.gate, routing.segments = before
+                    routing.gate, routing.segments, routing.step_ids = before
 
     def keep_routing(self, output: Any) -> None:
         """Call inside ``routed`` with the output: its state comes back when a backward pass from it begins."""
@@ -278,10 +278,10 @@ class RoutedModel(_Base):
         Raises:
             ValueError: If the tokens before the new ones are missing.
         """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         name = _active_adapter(self)
         if name is None:
-            return cast("dict[str, Any]", super().prepare_inputs_for_generation(input_ids, *args, **kwargs))
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+            return inputs
         if inputs.get("input_ids") is None:
             raise ValueError("input_ids must be given: the tokens are the router; got none. Pass input_ids.")
         fed, cache = inputs["input_ids"].shape[1], find_cache(inputs)

@@ -8,6 +8,7 @@ from kit import chain, mote, mote_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import flex_attention
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from axolotl_mote.model.compiling import compile_layers
@@ -131,3 +132,14 @@ def test_the_whole_model_compiles_too(family: str) -> None:
     for seed in (0, 1):
         ids = torch.tensor([chain(seed=seed)])
         assert torch.allclose(compiled(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "count"), [("bloom", 2), ("gpt_neox", 2), ("gemma3_text", 2)])
+def test_layers_are_found_whatever_a_family_calls_them(
+    family: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
+    config = CONFIG_MAPPING[family](vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    compile_layers(AutoModelForCausalLM.from_config(config), on_fallback=pytest.fail)
+    assert len(compiled) == count

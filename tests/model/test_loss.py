@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from kit import FAMILIES, MARKER_IDS, chain, mote
+from kit import FAMILIES, MARKER_IDS, SIZE, chain, mote
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
@@ -27,7 +27,6 @@ from axolotl_mote.model.loss import (
     weighted_loss,
 )
 
-SIZE = FAMILIES["llama"].to_diff_dict()
 # What each of them does to its logits has another name, or another meaning of a name that others use too.
 OWN_LOGITS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 3.0},

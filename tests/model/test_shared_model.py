@@ -194,3 +194,10 @@ def test_recomputed_layers_are_routed_as_their_forward_was(run: Any, attention: 
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, atol=1e-5, rtol=1e-4), name
+
+
+def test_generating_leaves_no_state_behind() -> None:
+    model = mote()
+    routing = mote_model(model).routing
+    model.generate(input_ids=torch.tensor([chain()]), max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert (routing.gate, routing.segments, routing.step_ids) == (None, None, None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote_config, randomize
+from kit import FAMILIES, MARKER_IDS, SIZE, VOCABULARY, base_model, chain, mote_config, randomize
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, PreTrainedModel
@@ -22,18 +22,7 @@ from axolotl_mote.model.compat import text_decoder
 from axolotl_mote.model.markers import MarkerHead, PerLayerEmbedding
 from axolotl_mote.model.targets import choose_targets
 
-_SIZE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GEMMA = {**_SIZE, "head_dim": 8, "query_pre_attn_scalar": 8}
+_GEMMA = {**SIZE, "head_dim": 8, "query_pre_attn_scalar": 8}
 _VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -44,17 +33,17 @@ _VISION = {
 }
 _PER_LAYER_SIZE = 90  # fewer rows than the table of tokens
 VALUES: dict[str, dict[str, Any]] = {
-    "llama4_text": {**_SIZE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4},
-    "mamba": {**_SIZE, "state_size": 8},
+    "llama4_text": {**SIZE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4},
+    "mamba": {**SIZE, "state_size": 8},
     "gemma3_vision": {
         "text_config": {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
         "vision_config": _VISION,
         "mm_tokens_per_image": 4,
         "image_token_index": VOCABULARY - 1,
     },
-    "gpt_neox": _SIZE,
+    "gpt_neox": SIZE,
     "gpt2": {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4},
-    "mixtral": {**_SIZE, "num_local_experts": 4},
+    "mixtral": {**SIZE, "num_local_experts": 4},
     "gemma4_text": {
         **_GEMMA,
         "global_head_dim": 8,
@@ -63,7 +52,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "falcon": {**_SIZE, "new_decoder_architecture": False, "multi_query": True},
+    "falcon": {**SIZE, "new_decoder_architecture": False, "multi_query": True},
     "bart": {"vocab_size": VOCABULARY, "d_model": 32, "decoder_layers": 1, "decoder_ffn_dim": 48, "encoder_layers": 1}
     | {"decoder_attention_heads": 4, "encoder_attention_heads": 4, "encoder_ffn_dim": 48},
 }
