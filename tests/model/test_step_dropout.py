@@ -10,7 +10,7 @@ import torch
 from kit import FAMILIES, MARKER_IDS, STEPS, VOCABULARY, base_model, chain, mote, mote_config, randomize, takes
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig
 
 from axolotl_mote.model import attention
 from axolotl_mote.model.adapter import add_mote_adapter, mote_model
@@ -358,3 +358,10 @@ def test_attention_sinks_reach_the_kernel_or_are_refused(name: str, monkeypatch:
     else:
         attend(module, *states, None, s_aux=sinks)
         assert torch.equal(seen["s_aux"], sinks)
+
+
+def test_positions_that_cannot_follow_are_refused() -> None:
+    config = BartConfig(vocab_size=96, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=32)
+    config.is_decoder, config.is_encoder_decoder = True, False
+    with pytest.raises(NotImplementedError, match="BartForCausalLM, which takes no position_ids"):
+        prepare_attention(AutoModelForCausalLM.from_config(config))

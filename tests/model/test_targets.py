@@ -305,3 +305,14 @@ def test_ids_beyond_the_second_table_read_its_row_0() -> None:
     unloaded = model.unload()
     assert type(getattr(text_decoder(unloaded), PER_LAYER)) is type(table)
     assert unloaded is base
+
+
+def test_layers_without_a_gradient_are_left_out_under_checkpointing_too() -> None:
+    """Then there is no run in training mode that would show it."""
+    model = base_model()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.register_forward_hook(lambda _module, _args, out: out.detach())
+    model.gradient_checkpointing_enable()
+    config = mote_config(target_modules=["q_proj", "k_proj"])
+    choose_targets(model, config, run=True)
+    assert config.exclude_modules == {"k_proj"}
