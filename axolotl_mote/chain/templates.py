@@ -69,8 +69,9 @@ def fix_variables(template: str, values: Mapping[str, Any]) -> str:
     fixed = "".join(f"{{% set {name} = {_literal(value)} %}}" for name, value in values.items())
     if template.startswith(fixed):
         return template
-    # Chat templates drop a newline after a block: the first of the template would go.
-    return fixed + ("\n" if template.startswith("\n") else "") + template
+    # Chat templates drop a newline after a block, so the first of the template would go, and blanks before a block that
+    # begins a line, so those of the template would stay.
+    return fixed + ("\n" if template[:1].isspace() else "") + template
 
 
 def _literal(value: Any) -> str:

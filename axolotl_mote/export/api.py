@@ -225,8 +225,18 @@ def _verify(
 
 
 def _load_exported(folder: Path, plans: list[AdapterPlan], device: str | None) -> PeftModel | PreTrainedModel:
-    """The exported base model with all adapters; without any if no step needs one."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    """The exported base model with all adapters; without any if no step needs one.
+
+    Raises:
+        ValueError: If transformers cannot load the base model again, now that its tables hold the markers.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    except RuntimeError as error:  # tensors of other sizes than the configuration says
+        raise ValueError(
+            f"exported base must load again in its new size; got {error}. Nothing was written. transformers cannot "
+            "resize this family's tables. Use load_mote."
+        ) from error
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for plan in plans:
         if not plan.rank:

@@ -93,6 +93,8 @@ def bake_markers(model: PreTrainedModel, config: MoteConfig, tensors: Mapping[st
     if min(own, table.weight.shape[0]) < rows:
         model.resize_token_embeddings(max(rows, table.weight.shape[0]), mean_resizing=False)
         table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if hasattr(model.config, "decoder_vocab_size"):  # the size that Marian builds its table of
+            model.config.decoder_vocab_size = table.weight.shape[0]
         if per_layer is not None:  # resized with the table; the step-routed model reads row 0 for these ids
             weight = getattr(text_decoder(model), PER_LAYER).weight
             weight[own:] = weight[0]

@@ -87,6 +87,9 @@ def read_config(folder: Path) -> LoraConfig:
 
 
 def _read_lora_config(folder: Path, values: dict[str, Any]) -> LoraConfig:
+    flag = "fan_in_fan_out"
+    if values.get(flag, False) is None:  # axolotl writes null for false
+        values = {key: value for key, value in values.items() if key != flag}
     try:
         check_values(LoraConfig, values)
         config: LoraConfig = LoraConfig.from_pretrained(str(folder))

@@ -50,7 +50,7 @@ def layer_windows(config: PretrainedConfig) -> dict[str, int | None]:
     if kinds is None:
         return {"": window}
     windows = {"full_attention": None, "sliding_attention": window}
-    for kind in set(kinds):
+    for kind in sorted(set(kinds)):  # always the same one is named
         if kind not in windows:
             raise NotImplementedError(
                 f"mote.step_dropout must run on layers with full or sliding attention; got {kind!r} in "

@@ -177,6 +177,9 @@ class RoutedModel(_Base):
         with self.routed(kwargs), self._wide_loss(kwargs.get("labels")):
             output = super().__call__(**kwargs)
             self.keep_routing(output)
+            cache = find_cache(output if isinstance(output, Mapping) else kwargs)
+            if hasattr(cache, "__dict__"):
+                cache.mote_adapter = self.mote_routing.active
         return output
 
     def by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
@@ -228,6 +231,8 @@ class RoutedModel(_Base):
         if routing.active is None:
             routing.gate = None
             return
+        if not torch.compiler.is_compiling():
+            _check_filler(cache, routing.active)
         input_ids = kwargs.get("input_ids")
         if step_ids is None:
             if input_ids is None:
@@ -346,6 +351,17 @@ def _check_whole(length: int, fed: int, cache: Any, is_first: bool) -> None:
             "input_ids must hold the whole sequence, not only what continues a cache, because the tokens are the "
             f"router; got {length} tokens for {int(cached)} in the cache and {fed} to feed. Pass all of them, and no "
             "prefill_chunk_size."
+        )
+
+
+def _check_filler(cache: Any, adapter: str) -> None:
+    """Check that what a cache holds was computed with the adapter that continues it."""
+    filler = getattr(cache, "mote_adapter", adapter)
+    if filler != adapter and cached_length(cache) != 0:  # emptied caches may go to another one
+        found = "the base model alone" if filler is None else f"adapter {filler!r}"
+        raise ValueError(
+            f"a cache must be continued with the adapter that filled it; got one that {found} filled, for adapter "
+            f"{adapter!r}. Start with a new cache."
         )
 
 

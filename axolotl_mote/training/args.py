@@ -265,12 +265,47 @@ def _check_entry(where: str, entry: dict[str, Any]) -> None:
             raise ValueError(
                 f"{where}.{key} is no key of chain data; got {value!r}. Correct its spelling or remove it."
             )
+    _check_columns(where, entry)
+
+
+def _check_columns(where: str, entry: dict[str, Any]) -> None:
+    """Check the keys that name columns: each row is read by them, before axolotl's schema has seen all of them."""
+    for key, value in entry.items():
+        if key in COLUMN_KEYS and value is not None and not _SHAPES_OF_COLUMNS.get(key, _is_name)(value):
+            raise ValueError(
+                f"{where}.{key} must be the {COLUMN_KEYS[key]}; got {value!r:.100}. Write it in this form."
+            )
     for key, known in (("message_property_mappings", ("role", "content")), ("roles", ROLES)):
         for name in entry.get(key) or {}:
             if name not in known:
                 raise ValueError(
                     f"{where}.{key} must name {' or '.join(known)} with chain data; got {name!r}. Remove it."
                 )
+    seen: dict[str, str] = {}
+    for role, names in (entry.get("roles") or {}).items():
+        for name in names:
+            if seen.setdefault(name, role) != role:
+                raise ValueError(
+                    f"{where}.roles must give each name one role; got {name!r} for {seen[name]} and {role}. Remove one."
+                )
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_map_of_names(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(name is None or _is_name(name) for name in value.values())
+
+
+def _is_map_of_lists(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(names, list | tuple) and all(map(_is_name, names)) for names in value.values()
+    )
+
+
+_SHAPES_OF_COLUMNS = {"message_property_mappings": _is_map_of_names, "roles": _is_map_of_lists}
+"""Other than a name."""
 
 
 def check_baseline(cfg: dict[str, Any]) -> None:

@@ -39,7 +39,8 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
     """Check the loaded base and choose its attention implementation.
 
     Raises:
-        ValueError: If the base is not quantized as configured, is on several devices, or would ignore step dropout.
+        ValueError: If the base is not quantized as configured, is on several devices, would lose gradients, or would
+            ignore step dropout.
         NotImplementedError: If a layer would ignore step dropout.
     """
     import torch
@@ -55,6 +56,7 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
             "The model must be on one device per process with adapter: mote; got it spread over several by axolotl. "
             "Launch with `--launcher torchrun` (one process per GPU), or set CUDA_VISIBLE_DEVICES to one GPU."
         )
+    _check_checkpointing(model, cfg)
     for kind in _ropes_that_look_at_the_batch(model.config):
         LOG.warning(
             "rope_type %r: the base model's rotary embedding depends on the longest row of a batch once that exceeds "
@@ -76,6 +78,18 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
         prepare_attention(model)
         LOG.info("mote.step_dropout: through %s", attention_implementation(model.config))
     return model
+
+
+def _check_checkpointing(model: Any, cfg: Any) -> None:
+    """Reentrant checkpointing sees what a layer is given by position; keys and values of another layer come by name."""
+    reentrant = (cfg.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+    shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+    if cfg.gradient_checkpointing and reentrant and shared and not cfg.inference:
+        raise ValueError(
+            "gradient_checkpointing_kwargs.use_reentrant must be false where layers share keys and values, or part of "
+            f"the gradient is lost; got {reentrant} (axolotl's default is true) and {shared} such layers. Set "
+            "gradient_checkpointing_kwargs: {use_reentrant: false}."
+        )
 
 
 def _ropes_that_look_at_the_batch(config: Any) -> list[str]:

@@ -116,6 +116,8 @@ def _read_json_list(path: Path) -> list[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ChainDataError(f"{path} must be UTF-8; got another encoding at line {line}. Convert the file.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+        raise ChainDataError(f"{path} must be JSON that can be read; got: {error}. Correct the row.") from None
 
 
 def chain_strategy(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> Any:

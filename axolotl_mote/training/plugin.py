@@ -267,10 +267,17 @@ def _named_paths(entry: dict[str, Any]) -> list[Path]:
 
 
 def _contents(path: Path) -> list[Path]:
-    """A file, or the files below a folder, but for those that ``datasets.map`` leaves there."""
+    """A file, or the files below a folder, linked ones too, but for those that ``datasets.map`` leaves there."""
     if path.is_file():
         return [path]
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith((".", "cache-"))]
+    found: list[Path] = []
+    for folder, below, names in os.walk(path, followlinks=True):
+        above = [os.path.realpath(place) for place in Path(folder).parents if place.is_relative_to(path)]
+        if os.path.realpath(folder) in above:  # a link back
+            below.clear()
+        else:
+            found += [Path(folder, name) for name in names]
+    files = [file for file in sorted(found) if file.is_file() and not file.name.startswith((".", "cache-"))]
     return [file for file in files if file.suffix or not file.name.startswith("tmp")]
 
 

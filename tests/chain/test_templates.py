@@ -33,7 +33,19 @@ def render(tokenizer: Any, template: str, **variables: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    "first", ["", "\n", "  ", "{#- a comment -#}\n", "{%- macro m() %}{{ text }}{% endmacro %}{{ m() }}"]
+    "first",
+    [
+        "",
+        "\n",
+        "  ",
+        "  \n",
+        "  {% if true %}a{% endif %}",
+        " \t{# a comment #}b",
+        "\n  {% if true %}\n  a{% endif %}",
+        "\r\n {% if true %}a{% endif %}",
+        "{#- a comment -#}\n",
+        "{%- macro m() %}{{ text }}{% endmacro %}{{ m() }}",
+    ],
 )
 def test_a_fixed_variable_is_as_a_given_one(tokenizer: Any, first: str) -> None:
     template = (

@@ -14,7 +14,7 @@ from kit import STEPS, save_adapter, smol_mote, tiny_model, tiny_mote
 from safetensors.torch import load_file
 
 from axolotl_mote.chain.codec import ChainCodec
-from axolotl_mote.export import build_adapter, export_adapter, plan_adapters
+from axolotl_mote.export import api, build_adapter, export_adapter, plan_adapters
 from axolotl_mote.export.verification import make_probes
 from axolotl_mote.export.weights import shared_updates
 from axolotl_mote.model.config import MoteConfig
@@ -258,3 +258,19 @@ def test_adapters_only(tmp_path):
     report = export_adapter(adapter, tmp_path / "out", write_base_model=False)
     assert report.verified
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["adapters", "export.json"]
+
+
+def test_a_base_that_cannot_be_loaded_again_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables of another size than the configuration says, as transformers leaves some families."""
+    *_, adapter = tiny_folder(tmp_path)
+    write_base = api.write_base
+
+    def forget_the_size(folder: Path, *args: object) -> None:
+        write_base(folder, *args)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 259}))
+
+    monkeypatch.setattr(api, "write_base", forget_the_size)
+    with pytest.raises(ValueError, match=r"exported base must load again in its new size; got .* Use load_mote"):
+        export_adapter(adapter, tmp_path / "out", device="cpu")
+    assert not (tmp_path / "out").exists()

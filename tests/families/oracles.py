@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
 from kit import STEPS, naive_step_ids, randomize, tiny_tokenizer
 from peft import PeftModel
 from tiny import VOCABULARY, tiny_model
@@ -346,6 +347,8 @@ def quantized_base(base: Any, folder: Path) -> Any:
     base.save_pretrained(folder)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+    if not any(isinstance(module, Linear4bit) for module in model.modules()):
+        raise ValueError("bitsandbytes quantizes no layer of this family")
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # a kernel that takes no layers as small as these
             module.support_avx512bf16_for_cpu = False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import oracles
 import pytest
 import torch
 from matrix import FAULTS, examine, page
 from oracles import TOLERANCE, Outcome, judge
+from tiny import OVERRIDES, tiny_model
 
 from axolotl_mote.model.routing import gate_table
 
@@ -34,6 +37,23 @@ def test_every_cell_is_right_or_refused(family: str) -> None:
     assert faults == {}
     if family == "llama":
         assert {name for name, cell in cells.items() if cell.kind != "right"} <= {"continued cache"}
+
+
+def test_what_the_cache_of_nemotron_h_is_off_by_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward without cache raises time steps to a minimum, its decoding does not."""
+    base, model = tiny_model("nemotron_h"), oracles.routed("nemotron_h")
+    assert oracles.cached_equals_full(base, oracles.plain(oracles.ROWS)) > TOLERANCE
+    assert oracles.cached_equals_full(model, oracles.ROWS) > TOLERANCE
+    monkeypatch.setitem(OVERRIDES, "nemotron_h", {"time_step_min": 1e-9})
+    model = oracles.routed("nemotron_h")
+    assert oracles.cached_equals_full(model, oracles.ROWS) < TOLERANCE / 10
+    assert oracles.beams_equal_full(model, oracles.ROWS) < TOLERANCE / 10
+
+
+def test_marian_is_exported_with_a_table_that_holds_the_markers(tmp_path: Path) -> None:
+    """It has two sizes of its vocabulary, and transformers raises one of them."""
+    model = oracles.routed("marian")
+    assert oracles.exported_is_routed("marian", model, tmp_path) <= TOLERANCE
 
 
 def test_a_wrong_gate_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

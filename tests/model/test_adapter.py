@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from kit import FAMILIES, MARKER_IDS, VOCABULARY, base_model, chain, mote, mote_
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from axolotl_mote.chain.steps import markers
 from axolotl_mote.model.adapter import MoteLinear, add_mote_adapter, mote_model
@@ -309,6 +310,38 @@ def test_a_cache_without_history_and_embeddings_are_refused() -> None:
         model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
     with pytest.raises(ValueError, match="the tokens are the router"):
         model(inputs_embeds=torch.zeros(1, 3, 32))
+
+
+@torch.no_grad()
+def test_a_cache_is_continued_with_the_adapter_that_filled_it() -> None:
+    model = mote()
+    model.add_adapter("other", mote_config())
+    ids = torch.tensor([chain(question=8)])
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with model.disable_adapter():
+        of_base = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        assert model(input_ids=ids[:, 5:6], past_key_values=of_base).logits.isfinite().all()
+    given = DynamicCache()
+    model(input_ids=ids[:, :5], past_key_values=given)
+    expected = model.generate(input_ids=ids, **options)
+    assert torch.equal(model.generate(input_ids=ids, past_key_values=copy.deepcopy(given), **options), expected)
+    message = (
+        r"must be continued with the adapter that filled it; got one that the base model alone filled, for .*default"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.generate(input_ids=ids, past_key_values=copy.deepcopy(of_base), **options)
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=ids[:, 6:], past_key_values=of_base, step_ids=torch.ones_like(ids[:, 6:]))
+    static = StaticCache(model.config, max_cache_len=64)
+    with model.disable_adapter():
+        model(input_ids=ids[:, :5], past_key_values=static)
+    with pytest.raises(ValueError, match=message):
+        model.generate(input_ids=ids, past_key_values=static, **options)
+    static.reset()  # empty, it is as new
+    assert torch.equal(model.generate(input_ids=ids, past_key_values=static, **options), expected)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="got one that adapter 'default' filled, for adapter 'other'"):
+        model.generate(input_ids=ids, past_key_values=given, **options)
 
 
 @pytest.mark.parametrize(

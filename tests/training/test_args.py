@@ -25,6 +25,7 @@ from axolotl_mote.training.args import (
     MoteArgs,
     MoteOptions,
     chain_entries,
+    check,
     check_config,
 )
 from axolotl_mote.training.dataset import Columns
@@ -277,8 +278,18 @@ def as_arrow_folder(folder: Path, text: str) -> str:
     return str(folder / "arrow")
 
 
+def as_linked_folder(folder: Path, text: str) -> str:
+    """A folder that holds a link to the rows, and one back to itself."""
+    rows = Path(as_parquet_folder(folder, text))
+    (folder / "linked").mkdir(exist_ok=True)
+    for name, target in (("rows", rows), ("self", folder / "linked")):
+        (folder / "linked" / name).unlink(missing_ok=True)
+        (folder / "linked" / name).symlink_to(target)
+    return str(folder / "linked")
+
+
 @pytest.mark.parametrize("named", ["path", "data_files"])
-@pytest.mark.parametrize("save", [as_jsonl, as_parquet_folder, as_arrow_folder])
+@pytest.mark.parametrize("save", [as_jsonl, as_parquet_folder, as_arrow_folder, as_linked_folder])
 def test_prepared_chains_are_known_by_their_content(tmp_path: Path, save: Callable[..., str], named: str) -> None:
     def prepared(content: str, where: str | None = "prepared") -> str:
         path = save(tmp_path, content)
@@ -348,6 +359,30 @@ def test_a_key_of_a_data_set_that_would_be_ignored_is_refused(key: str, place: s
 def test_a_key_that_no_data_set_has_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         validated(config(datasets=[{**CHAINS, **changes}]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({"roles": value}, r"roles must be the names of roles in the rows: `\{user: \[human\], .*; got .* Write")
+            for value in (5, "user", ["user"], {"user": "human"}, {"user": None}, {"user": 5}, {"user": [["human"]]})
+        ),
+        ({"roles": {"user": ["x"], "assistant": ["x"]}}, r"roles must .* one role; got 'x' for user and assistant\."),
+        *(
+            ({"message_property_mappings": value}, r"message_property_mappings must be the keys of a turn, .*; got")
+            for value in (7, "role", ["role"], {"role": 5}, {"role": ["from"]})
+        ),
+        *(
+            ({key: ["m"]}, rf"{key} must be the .*; got \['m'\]\. Write")
+            for key in ("field_messages", "message_field_role")
+        ),
+    ],
+)
+def test_a_key_that_names_columns_in_another_form_is_refused(changes: dict[str, Any], message: str) -> None:
+    """Some of them are accepted by axolotl's schema, of another kind of data set."""
+    with pytest.raises(ValueError, match=r"datasets\[0\]\." + message):
+        check(config(datasets=[{**CHAINS, **changes}]))
 
 
 def test_keys_of_a_data_set_that_work() -> None:

@@ -47,6 +47,23 @@ def test_a_layer_with_attention_of_its_own_is_refused() -> None:
         prepare_base(model, DictDefault({}), (0.3,))
 
 
+def test_checkpointing_that_loses_gradients_is_refused() -> None:
+    """As of Gemma 3n, and of Gemma 4's small models."""
+    model = base_model("llama")
+    cfg = DictDefault({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}})
+    prepare_base(model, cfg, ())
+    model.config.num_kv_shared_layers = 1
+    with pytest.raises(ValueError, match=r"use_reentrant must be false where .* share keys and values.*1 such layers"):
+        prepare_base(model, cfg, ())
+    for other in (
+        {"gradient_checkpointing": False},
+        {"inference": True},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing_kwargs": None},
+    ):
+        prepare_base(model, DictDefault({**cfg, **other}), ())
+
+
 @pytest.mark.parametrize("fixed", [False, True])
 def test_compiling_uses_the_options_of_axolotl(fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, told = base_model("llama"), []

@@ -64,6 +64,18 @@ def test_a_json_array_is_checked_too(tmp_path: Path) -> None:
         check_file(path, STEPS)
 
 
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [("[" * 100_000, "recursion"), ('{"id": ' + "1" * 5000 + "}", "digits")],
+    ids=["nested", "digits"],
+)
+def test_a_json_array_that_python_cannot_read_is_refused(value: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "chains.json"
+    path.write_text(f"[{json.dumps(row())},\n{value}]", encoding="utf-8")
+    with pytest.raises(ChainDataError, match=rf"chains\.json must be JSON that can be read; got: .*{found}"):
+        check_file(path, STEPS)
+
+
 def test_a_file_that_is_not_utf8_is_reported_by_row(tmp_path: Path) -> None:
     path = tmp_path / "latin1.jsonl"
     path.write_bytes(json.dumps(row()).encode() + b"\n" + b'{"response": "caf\xe9"}\n')
