@@ -119,6 +119,30 @@ compat-newest: ## Test the install without axolotl, with the newest transformers
 	@rm -f .venv-newest/.installed
 	$(MAKE) --no-print-directory compat-newest-run VENV=.venv-newest EXTRAS=test PINS="--upgrade --upgrade-strategy eager"
 
+# inspect_ai and axolotl 0.19 pin different versions of pydantic, so evaluation has an environment of its own.
+EVAL_VENV ?= .venv-eval
+.PHONY: eval-env eval-test
+eval-env: ## Create .venv-eval: evaluation with inspect_ai, without axolotl
+	@$(MAKE) --no-print-directory venv VENV="$(EVAL_VENV)" EXTRAS=eval,test
+
+eval-test: eval-env ## Run the tests of evaluation in .venv-eval
+	@$(MAKE) --no-print-directory $(MODEL)/config.json VENV="$(EVAL_VENV)"
+	OMP_NUM_THREADS=1 $(EVAL_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/evaluation $(ARGS)
+
+.PHONY: judge ablations efficiency provider-bench
+judge: $(STAMP) ## Train the refusal judge on labelled answers: make judge DATA=labelled.jsonl [WEIGHTS=weights.json]
+	@test -n "$(DATA)" || { echo "judge: DATA must name a JSONL file with prompt, completion and human_label" >&2; exit 1; }
+	$(BIN)/python -m axolotl_mote.evaluation.judges.refusal.training "$(DATA)" --report $(if $(WEIGHTS),--output "$(WEIGHTS)") $(ARGS)
+
+ablations: $(MODEL)/config.json ## The paper's comparisons on the small model, resumable: ARGS="--rows mote,lora-r16 --seeds 0"
+	$(BIN)/python tests/ablations/run.py $(ARGS)
+
+efficiency: $(MODEL)/config.json ## One masked pass against expanded data sets: FLOPs, time, held-out loss
+	$(BIN)/python tests/ablations/efficiency.py $(ARGS)
+
+provider-bench: eval-env ## Answers through inspect_ai against `axolotl mote generate`: time per token
+	$(EVAL_VENV)/bin/python tests/bench/provider.py --model $(MODEL) $(ARGS)
+
 .PHONY: compat-newest-run
 compat-newest-run: $(STAMP)
 	$(MAKE) --no-print-directory $(MODEL)/config.json

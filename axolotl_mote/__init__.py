@@ -11,7 +11,9 @@ package, each importing only those before it:
     training     axolotl: plugin, options, trainer, data sets
     generation   questions to chains
     export       one adapter to plain PEFT adapters
+    benchmarks   evaluation prompts by name; what training must not contain
     builder      chain data sets that a model writes itself
+    evaluation   benchmark tasks, judges, comparisons, the report
     cli          the commands
 """
 

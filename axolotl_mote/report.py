@@ -1,14 +1,15 @@
 """One self-contained HTML page: text, tables and plots, in light and dark, without scripts or network.
 
-The statistics of chain data and the quick start use it. Every string is escaped. matplotlib draws the plots; it is
-imported when the first one is added.
+The statistics of chain data, the quick start and the evaluation use it. Every string is escaped. matplotlib draws the
+plots; it is imported when the first one is added.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -31,13 +32,17 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { padding: .2rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
-td.text, th.text { text-align: left; }
+td.text, th.text { text-align: left; } td:not(.text, :first-child) { white-space: nowrap; }
 figure { margin: 0; } figcaption { font-weight: 600; }
 svg { width: 100%; height: auto; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
 .bar { display: inline-block; height: .8em; background: #4477aa; } td.wide { width: 16rem; text-align: left; }
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; }
 .tokens span { border-radius: .2rem; padding: .1rem 0; }
+details { border-bottom: 1px solid var(--line); padding: .3rem 0; overflow-wrap: anywhere; }
+details details { margin-left: 1rem; } summary { cursor: pointer; }
+.passage { border-left: 3px solid var(--line); padding-left: .8rem; margin: .8rem 0; }
+.passage p { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; }
 """
 
 
@@ -79,6 +84,7 @@ class Plot:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "legend.frameon": False,
+            "text.parse_math": False,  # a name may hold a dollar sign
         }
         with matplotlib.rc_context(style):
             figure = Figure(figsize=(self.width, self.height), layout="constrained")
@@ -137,6 +143,17 @@ class Page:
         """Add plots side by side, as many as fit."""
         figures = [f"<figure><figcaption>{escape(p.title)}</figcaption>\n{p.svg()}</figure>" for p in plots]
         self._parts.append('<div class="plots">\n' + "\n".join(figures) + "\n</div>")
+
+    @contextmanager
+    def details(self, summary: str) -> Iterator[None]:
+        """What is added in the block is folded away under a line of text; blocks may be nested."""
+        self._parts.append(f"<details><summary>{escape(summary)}</summary>")
+        yield
+        self._parts.append("</details>")
+
+    def passage(self, heading: str, text: str) -> None:
+        """Add text as it was written, under a heading."""
+        self._parts.append(f'<div class="passage"><b>{escape(heading)}</b><p>{escape(text)}</p></div>')
 
     def tokens(self, pieces: Iterable[tuple[int, str]], names: Sequence[str]) -> None:
         """Add text colored by step.

@@ -1,4 +1,4 @@
-"""Writes the generated parts of docs/: the two references from the pydantic schemas, and the picture.
+"""Writes the generated parts of docs/: the references from the pydantic schemas, and the picture.
 
 Run by `make docs`; a test fails when a file is not what this would write.
 """
@@ -15,6 +15,7 @@ sys.path.insert(0, str(DOCS))
 import draw  # noqa: E402
 
 from axolotl_mote.builder.settings import Settings  # noqa: E402
+from axolotl_mote.evaluation.settings import Settings as EvaluationSettings  # noqa: E402
 from axolotl_mote.training.args import (  # noqa: E402
     COLUMN_KEYS,
     LOADING_KEYS,
@@ -73,7 +74,27 @@ models:
 ```
 """
 
+EVALUATION_HEAD = f"""\
+# Evaluation-file reference
+
+{NOTE}
+
+An evaluation file is the argument of `axolotl mote eval`. Unknown keys are errors. Relative paths start at the working
+directory. [Evaluation](evaluation.md) explains what an evaluation does. The smallest evaluation file:
+
+```yaml
+output: outputs/eval
+systems:
+  - {{name: mote, adapter: outputs/quickstart, steps: [response, adaptive]}}
+tasks: [xstest]
+```
+"""
+
 SECTIONS = {
+    "System": "System",
+    "TaskSpec": "Task",
+    "Endpoint": "Model",
+    "Sampling": "Sampling",
     "QuestionSource": "Question source",
     "LocalModel": "Local model",
     "ServerModel": "Server model",
@@ -83,7 +104,7 @@ SECTIONS = {
     "Hygiene": "Hygiene",
     "Budget": "Budget",
 }
-"""Title of each nested schema of the build file, in the order of the page."""
+"""Title of each nested schema of the build file and the evaluation file, in the order of their pages."""
 
 
 def anchor_of(title: str) -> str:
@@ -328,21 +349,25 @@ def configuration() -> str:
     )
 
 
-def build_reference() -> str:
-    """The text of build-reference.md."""
-    schema = Settings.model_json_schema()
+def reference(head: str, schema: dict[str, Any]) -> str:
+    """A page with a table of the top level and one for each nested schema."""
     nested = schema["$defs"]
     missing = set(nested) - set(SECTIONS)
     if missing:
         raise ValueError(f"SECTIONS must have a title for every nested schema; {sorted(missing)} have none. Add them.")
-    parts = [BUILD_HEAD, "## Top level\n", table_of(schema), ""]
+    parts = [head, "## Top level\n", table_of(schema), ""]
     for name, title in SECTIONS.items():
-        about = nested[name].get("description")
-        parts += [f"## {title}\n", *([about + "\n"] if about else []), table_of({**nested[name], "$defs": nested}), ""]
+        if name in nested:
+            about = [nested[name]["description"] + "\n"] if "description" in nested[name] else []
+            parts += [f"## {title}\n", *about, table_of({**nested[name], "$defs": nested}), ""]
     return "\n".join(parts)
 
 
-PAGES = {"configuration.md": configuration, "build-reference.md": build_reference}
+PAGES = {
+    "configuration.md": configuration,
+    "build-reference.md": lambda: reference(BUILD_HEAD, Settings.model_json_schema()),
+    "evaluation-reference.md": lambda: reference(EVALUATION_HEAD, EvaluationSettings.model_json_schema()),
+}
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def text_of(page: Path) -> str:
 # --- generated files ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["configuration.md", "build-reference.md"])
+@pytest.mark.parametrize("name", ["configuration.md", "build-reference.md", "evaluation-reference.md"])
 def test_references_are_current(name: str, generator: ModuleType) -> None:
     written = (DOCS / name).read_text(encoding="utf-8")
     assert written == generator.PAGES[name](), "run `make docs`"

@@ -14,6 +14,7 @@ from axolotl_mote.training.args import MoteArgs, MoteOptions
 
 REPO = Path(__file__).resolve().parent.parent
 CONFIGS = REPO / "example_configs"
+BASELINES = REPO / "tests/ablations"
 TRAINING = sorted(
     file.relative_to(CONFIGS).as_posix()
     for file in CONFIGS.rglob("*.yml")
@@ -39,7 +40,7 @@ def load(name: str) -> dict[str, Any]:
 
 def test_all_configs_are_found() -> None:
     assert {"quickstart.yml", "llama3-8b.yml", "multinode/llama3-8b-2nodes.yml", *VARIANTS} <= set(TRAINING)
-    assert len(ABLATIONS) == 5
+    assert len(ABLATIONS) == 20
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -54,6 +55,7 @@ def test_axolotl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from axolotl.utils.dict import DictDefault
 
     monkeypatch.chdir(REPO)
+    monkeypatch.syspath_prepend(BASELINES)  # a row may name a plugin of the baselines
     cfg = DictDefault(load(name))
     prepare_plugins(cfg)
     valid = validate_config(cfg, capabilities=H100, env_capabilities={"torch_version": "2.13.0"})
@@ -62,10 +64,15 @@ def test_axolotl_accepts_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_every_key_is_read(name: str) -> None:
+def test_every_key_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """axolotl ignores keys that it does not know."""
     schema = pytest.importorskip("axolotl.utils.schemas.config")
+    monkeypatch.syspath_prepend(BASELINES)
+    from mixture import MixtureArgs
+
     known = {*schema.AxolotlInputConfig.model_fields, *MoteArgs.model_fields}
+    if any("MixturePlugin" in plugin for plugin in load(name)["plugins"]):
+        known |= set(MixtureArgs.model_fields)
     unread = load(name).keys() - known
     assert not unread
 
@@ -83,7 +90,10 @@ def test_data_is_shipped_or_written_by_a_build(name: str) -> None:
     builds = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in CONFIGS.glob("build_*.yml")]
     written = {f"{build['output']}/chains.jsonl" for build in builds}
     header = (CONFIGS / name).read_text(encoding="utf-8").split("base_model:")[0]
-    written |= {f"{folder}/chains.jsonl" for folder in re.findall(r"axolotl mote build \S+ --output (\S+)", header)}
+    written |= {
+        f"{folder}/chains.jsonl"
+        for folder in re.findall(r"(?:axolotl mote build|human_answers.py) \S+ --output (\S+)", header)
+    }
     for dataset in load(name)["datasets"]:
         assert (REPO / dataset["path"]).is_file() or dataset["path"] in written
 

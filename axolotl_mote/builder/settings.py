@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from axolotl_mote.benchmarks.sources import BENCHMARKS
 from axolotl_mote.files import folder_digest
 
 ChainForm = Literal["adaptive", "full", "analysis", "guidance", "response"]
+BenchmarkName = Literal["coconot", "hh_rlhf", "strongreject", "xstest"]
 STAGES = ("response", "check", "analysis", "guidance")
 
 
@@ -173,8 +175,10 @@ class Settings(_Schema):
 
     output: Path = Field(description="Folder for the journal, chains, rejected chains, manifest and statistics.")
     questions: list[QuestionSource] = Field(min_length=1, description="Sources of questions, read in order.")
-    exclude: list[QuestionSource] = Field(
-        default_factory=list, description="Evaluation prompts; questions that match or contain one are dropped."
+    exclude: list[BenchmarkName | QuestionSource] = Field(
+        default_factory=list,
+        description="Evaluation prompts: names of benchmarks, or sources; questions that match or contain one are "
+        "dropped.",
     )
     models: dict[str, ModelSpec] = Field(
         description="Models by name. Stages that name no model use the one named 'default'."
@@ -194,6 +198,18 @@ class Settings(_Schema):
     )
     budget: Budget = Budget()
     seed: int = Field(42, ge=0, description="Seed of the build; every call derives its own.")
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _check_excluded(cls, value: Any) -> Any:
+        items = value if isinstance(value, list) else []
+        unknown = [item for item in items if isinstance(item, str) and item not in BENCHMARKS]
+        if unknown:
+            raise ValueError(
+                f"exclude must hold names of benchmarks ({', '.join(BENCHMARKS)}) or sources; got {unknown[0]!r}. "
+                f"Correct the name, or write {{path: {unknown[0]}}}."
+            )
+        return value
 
     @model_validator(mode="after")
     def _check_names(self) -> Settings:

@@ -10,6 +10,8 @@ The modules, each importing only those before it:
     generate           axolotl mote generate
     chat               axolotl mote chat
     export             axolotl mote export
+    eval               axolotl mote eval
+    judge              axolotl mote judge
     quickstart_report  what the quick start ends with
     quickstart         what `make quickstart` runs around `axolotl train`
 
@@ -32,6 +34,8 @@ _COMMANDS = {
     "stats": "Show amounts, lengths and diversity of a chain data set.",
     "generate": "Answer a file of questions with a trained adapter.",
     "chat": "Talk to a trained adapter; reasoning dimmed, answer plain.",
+    "eval": "Measure systems on benchmarks: safety, over-refusal, tokens; with a report.",
+    "judge": "Measure a judge against human labels.",
     "export": "Write plain PEFT adapters, one per step, and a servable base model.",
 }
 

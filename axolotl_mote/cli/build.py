@@ -25,8 +25,9 @@ _LINE_EVERY = 10_000  # where there is no bar
 @click.option(
     "--exclude",
     multiple=True,
-    metavar="FILE",
-    help="File of evaluation prompts; questions that match or contain one are dropped. May be repeated.",
+    metavar="NAME|FILE",
+    help="A benchmark (coconot, hh_rlhf, strongreject, xstest) or a file of evaluation prompts; questions that match "
+    "or contain one are dropped. May be repeated.",
 )
 @click.option("--restart", is_flag=True, help="Put an existing journal aside and begin a new one.")
 def command(config: Path, output: Path | None, limit: int | None, exclude: tuple[str, ...], restart: bool) -> None:
@@ -37,7 +38,7 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
 
     \b
     Example:
-      axolotl mote build example_configs/build_local.yml --exclude xstest.jsonl
+      axolotl mote build example_configs/build_local.yml --exclude xstest --exclude mine.jsonl
 
     \b
     Exit status:
@@ -58,6 +59,7 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
 
 def _build(config: Path, output: Path | None, limit: int | None, exclude: tuple[str, ...], restart: bool) -> int:
     """The work of the command; returns the exit status."""
+    from axolotl_mote.benchmarks.sources import BENCHMARKS
     from axolotl_mote.builder.clients.calls import FatalCallError
     from axolotl_mote.builder.run import build
     from axolotl_mote.builder.settings import QuestionSource, load_settings
@@ -69,7 +71,8 @@ def _build(config: Path, output: Path | None, limit: int | None, exclude: tuple[
     if limit is not None:
         changed["questions"] = [q.model_copy(update={"limit": limit}) for q in settings.questions]
     if exclude:
-        changed["exclude"] = [*settings.exclude, *(QuestionSource(path=file) for file in exclude)]
+        further = [name if name in BENCHMARKS else QuestionSource(path=name) for name in exclude]
+        changed["exclude"] = [*settings.exclude, *further]
     settings = settings.model_copy(update=changed)
     try:
         with _Progress() as progress:  # aiohttp and others are imported when they are first needed

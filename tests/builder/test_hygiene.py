@@ -10,9 +10,9 @@ import pytest
 from axolotl_mote.builder.settings import Hygiene, Stage
 from axolotl_mote.builder.texts.hygiene import clean, defect
 from axolotl_mote.builder.texts.prompts import Prompts
-from axolotl_mote.builder.texts.questions import parse_transcript
 from axolotl_mote.builder.texts.similarity import normalize
 from axolotl_mote.builder.texts.verdict import parse_verdict
+from axolotl_mote.chain.questions import parse_transcript
 from axolotl_mote.chain.quoting import quote
 from axolotl_mote.chain.rows import check_row
 from axolotl_mote.chain.steps import DEFAULT_STEPS, markers

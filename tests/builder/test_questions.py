@@ -10,12 +10,8 @@ import pytest
 from builder_kit import prompts, write_rows
 
 from axolotl_mote.builder.settings import QuestionSource
-from axolotl_mote.builder.texts.questions import (
-    load_questions,
-    parse_question_row,
-    parse_transcript,
-    screen_questions,
-)
+from axolotl_mote.builder.texts.questions import load_questions, screen_questions
+from axolotl_mote.chain.questions import parse_question_row, parse_transcript
 
 HH = "\n\nHuman: How do I fix it?\n\nAssistant: Fix what?\n\nHuman: My bike's flat tyre\n\nAssistant: Patch it."
 

@@ -221,6 +221,7 @@ def plain_lora(path: Path, tied: bool = True, steps: tuple[str, ...] = STEPS) ->
         target_modules=LINEARS,
         trainable_token_indices=dict.fromkeys(tables, ids),
         task_type="CAUSAL_LM",
+        fan_in_fan_out=None,  # as axolotl writes it
     )
     model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(1)

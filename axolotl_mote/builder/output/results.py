@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from axolotl_mote.benchmarks.sources import BENCHMARKS
 from axolotl_mote.builder.loop.backlog import Backlog
 from axolotl_mote.builder.loop.generator import Outcome
 from axolotl_mote.builder.loop.journal import Journal
@@ -208,7 +209,7 @@ def _manifest(
         "prompts": {
             stage: {"file": prompts.files[stage], "sha256_16": prompts.hashes[stage]} for stage in prompts.hashes
         },
-        "inputs": {s.label: _input_hash(s) for s in (*settings.questions, *settings.exclude)},
+        "inputs": dict(map(_input, (*settings.questions, *settings.exclude))),
         "counts": counts,
         "calls": dict(sorted(calls.items())),
         "answered_by": dict(sorted(answered.items())),
@@ -219,9 +220,12 @@ def _manifest(
     }
 
 
-def _input_hash(source: QuestionSource) -> str:
+def _input(source: str | QuestionSource) -> tuple[str, str]:
+    """Name and hash, or revision, of a source; a name alone is that of a benchmark."""
+    if isinstance(source, str):
+        return source, BENCHMARKS[source].sha256
     path = Path(source.path)
     if path.is_file():
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return f"{source.name or 'default'}/{source.split}@{source.revision or 'latest'}"
+            return source.label, hashlib.file_digest(file, "sha256").hexdigest()
+    return source.label, f"{source.name or 'default'}/{source.split}@{source.revision or 'latest'}"

@@ -1,0 +1,198 @@
+"""The page: self-contained, escaped, bounded, and no label over another one."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from axolotl_mote.evaluation import page as page_module
+from axolotl_mote.evaluation.page import make_page, read_report, scatter, write_report
+from axolotl_mote.evaluation.summary import Estimate, summarize
+
+HOSTILE = '</p></details><script>alert(1)</script><img src=x onerror=y> \u2028 \U0001f600 & "q"'
+
+
+def rows_and_manifest(
+    systems: list[tuple[str, str]],
+    prompts: int = 6,
+    text: str = HOSTILE,
+    tasks: Sequence[str] = ("xstest", "strongreject", "coconot"),
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Answers of systems to prompts of tasks, attacked ones among them."""
+    all_labels = {"xstest": ("safe", "unsafe"), "strongreject": ("unsafe",), "coconot": ("safe",)}
+    rows, cells = [], []
+    for place, (system, steps) in enumerate(systems):
+        for task in tasks:
+            labels, mine = all_labels[task], []
+            for number in range(prompts):
+                for transform in (None, "base64") if task == "strongreject" else (None,):
+                    value = float((number + place) % 3 == 0)
+                    judge = {"name": text, "revision": "r", "prompt_sha256": "0" * 64}
+                    score = {"value": value, "status": "scored", "verdict": text, "judge": judge, "explanation": text}
+                    mine.append(
+                        {
+                            **{"system": system, "steps": steps, "task": task, "benchmark": task, "task_version": 1},
+                            **{"id": f"p{number}@{transform}", "epoch": 1, "prompt_id": f"p{number}"},
+                            "category": f"category {number % 3} with a name that is far too long for a narrow plot",
+                            **{"label": labels[number % len(labels)], "transform": transform},
+                            "messages": [{"role": "system", "content": text}, {"role": "user", "content": text}],
+                            **{"answer": text, "texts": {"analysis": f"because {text}", "response": text}},
+                            **{"token_counts": {"analysis": 9, "response": 5 + number}, "output_tokens": 14 + place},
+                            **{"finished": number != 1, "leaked": False, "error": text if number == 2 else None},
+                            "scores": {"refusal": score} | ({"strongreject": score} if task == "strongreject" else {}),
+                        }
+                    )
+            planned = {label: sum(r["label"] == label for r in mine) for label in labels}
+            cells.append(
+                {
+                    **{"system": system, "steps": steps, "task": task, "benchmark": task, "task_version": 1},
+                    **{"model": text, "status": "partial", "planned": planned},
+                    "data": {"source": text, "sha256": "0" * 64, "prompts": prompts, "subset": "all"},
+                }
+            )
+            rows += mine
+    return rows, {"cells": cells, "seed": 0, "versions": {"python": "3.11"}, "grader": None}
+
+
+SYSTEMS = [("base", "plain"), ("mote", "adaptive"), ("mote", "analysis+guidance+response")]
+
+
+class Reader(HTMLParser):
+    """Collects tags and checks that they close."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_hostile_text_stays_text_and_nothing_is_loaded() -> None:
+    rows, manifest = rows_and_manifest([("base", "plain"), ("mote", "adaptive")], 3, tasks=["strongreject"])
+    for number, row in enumerate(rows):
+        row["category"] = ("$\\nothing{$ <b>", "_hidden", "Ответ")[number % 3]
+    markup = make_page(summarize(manifest["cells"], rows), manifest, rows).html()
+    reader = Reader()
+    reader.feed(markup)
+    assert reader.open == []
+    assert not {"script", "img", "link", "iframe"} & set(reader.tags)
+    assert {"svg", "details", "summary"} <= set(reader.tags)
+    namespaces = set(re.findall(r'xmlns(?::\w+)?="([^"]*)"', markup))
+    assert set(re.findall(r"(?:https?:|@import)[^\s\"<>]*", markup)) <= namespaces
+
+
+def test_every_answer_stands_beside_its_verdict_until_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_module.Page, "plots", lambda self, plots: None)
+    rows, manifest = rows_and_manifest([("base", "plain")], prompts=40, text="plain words")
+    for number, row in enumerate(rows):
+        row["answer"] = f"answer-{number}."
+    summary = summarize(manifest["cells"], rows)
+    markup = make_page(summary, manifest, rows).html()
+    assert all(f"<p>answer-{number}.</p>" in markup for number in range(len(rows)))
+    assert "refusal plain words" in markup
+    monkeypatch.setattr(page_module, "MOST_ANSWERS", 30)
+    monkeypatch.setattr(page_module, "MOST_CHARACTERS", 5)
+    capped = make_page(summary, manifest, rows).html()
+    assert len(re.findall(r"<p>answe … \(\d+ more characters\)</p>", capped)) == 30
+    assert "the first 10 are shown, results.jsonl holds all" in capped
+
+
+def test_files_are_written_and_written_again_the_same(tmp_path: Path) -> None:
+    rows, manifest = rows_and_manifest(SYSTEMS, 4, tasks=["xstest"])
+    write_report(tmp_path, manifest, rows)
+    first = {name: (tmp_path / name).read_bytes() for name in ("report.html", "summary.json")}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "results.jsonl").write_text(text, encoding="utf-8")
+    read_report(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in first} == first
+    assert json.loads(first["summary.json"])["comparisons"]
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", "{}"])
+def test_a_folder_without_results_is_refused(tmp_path: Path, manifest: str | None) -> None:
+    if manifest is not None:
+        (tmp_path / "manifest.json").write_text(manifest, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^output must hold manifest\.json and results\.jsonl"):
+        read_report(tmp_path)
+
+
+def test_a_run_without_answers_has_a_page() -> None:
+    _, manifest = rows_and_manifest(SYSTEMS)
+    markup = make_page(summarize(manifest["cells"], []), manifest, []).html()
+    assert "What is missing" in markup
+
+
+# --- plots ----------------------------------------------------------------------------------------------------------
+
+
+def overlaps(plot: Any) -> list[tuple[str, str]]:
+    """Texts of a plot that lie over each other or outside the picture."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    drawn: dict[int, Text] = {}
+    draw = Text.draw
+    with matplotlib.rc_context({"font.size": 9}), pytest.MonkeyPatch.context() as patch:
+        figure = Figure(figsize=(plot.width, plot.height), layout="constrained")
+        plot.draw(figure.subplots())
+        patch.setattr(Text, "draw", lambda text, *args: drawn.setdefault(id(text), text) and draw(text, *args))
+        figure.savefig(io.BytesIO(), format="svg")  # ticks beyond the axes are not drawn
+        boxes = [(t.get_text(), t.get_window_extent()) for t in drawn.values() if t.get_text().strip()]
+    width, height = figure.bbox.width, figure.bbox.height
+    found = [(text, "outside") for text, b in boxes if b.x0 < -1 or b.y0 < -1 or b.x1 > width + 1 or b.y1 > height + 1]
+    for number, (text, box) in enumerate(boxes):
+        for other, beside in boxes[number + 1 :]:
+            x = min(box.x1, beside.x1) - max(box.x0, beside.x0)
+            y = min(box.y1, beside.y1) - max(box.y0, beside.y0)
+            if x > 1 and y > 1:
+                found.append((text, other))
+    return found
+
+
+def test_the_search_for_overlaps_finds_them() -> None:
+    def draw(axes: Any) -> None:
+        axes.set_xlim(0, 1)
+        axes.text(0.5, 0.5, "one")
+        axes.text(0.51, 0.5, "two")
+        axes.text(3, 0.5, "far away")
+
+    found = overlaps(page_module.Plot("t", draw))
+    assert ("one", "two") in found
+    assert ("far away", "outside") in found
+
+
+@pytest.mark.parametrize("count", [1, 4, 15])
+def test_no_label_lies_over_another(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    modes = ["response", "analysis+response", "analysis+guidance+response", "adaptive", "verify"]
+    systems = [(f"system-with-a-long-name-{i // 5}", modes[i % 5]) for i in range(count)]
+    rows, manifest = rows_and_manifest(systems, prompts=6, text="x", tasks=("strongreject", "coconot"))
+    drawn: list[Any] = []
+    monkeypatch.setattr(page_module.Page, "plots", lambda self, plots: drawn.extend(plots))
+    make_page(summarize(manifest["cells"], rows), manifest, rows)
+    assert len(drawn) >= 8
+    assert {plot.title: found for plot in drawn if (found := overlaps(plot))} == {}
+
+
+def test_systems_at_one_place_are_drawn_apart_in_the_legend() -> None:
+    point = Estimate(0.5, 0.4, 0.6, 9, 9)
+    variants = [("a", "adaptive"), ("a", "verify"), ("b", "adaptive")]
+    plot = scatter("t", [(v, point, point) for v in variants], ("x", "y"), (100, 100), variants, connect=True)
+    svg = plot.svg()
+    assert all(name in svg for name in ("a adaptive", "a verify", "b adaptive"))
+    assert overlaps(plot) == []
