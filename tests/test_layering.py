@@ -25,10 +25,10 @@ HOSTS = {"axolotl", "accelerate", "deepspeed", "trl"}
 NAMED_EXCEPTIONS = {("axolotl_mote.chain", "axolotl_mote.training.dataset")}
 """axolotl looks for `load` in the module that `type: axolotl_mote.chain` names; the strategy belongs to training."""
 
-FOREIGN = {"torch", "transformers", "peft"} | HOSTS
+FOREIGN = {"torch", "transformers", "peft", "inspect_ai"} | HOSTS
 """Libraries whose private names may be used in the compat modules alone."""
 
-COMPAT = {"model.compat", "training.compat"}
+COMPAT = {"model.compat", "training.compat", "evaluation.compat"}
 
 HEAVY = {"torch", "transformers", "peft", "datasets"} | HOSTS
 
@@ -164,6 +164,7 @@ def test_imports_point_downwards() -> None:
         ("high.api", "import axolotl.utils", "imports axolotl.utils; only"),
         ("high.api", "def f():\n    import deepspeed", "imports deepspeed; only"),
         ("high.api", "from transformers.utils import _x", "uses the private name transformers.utils._x"),
+        ("high.api", "from inspect_ai._eval.eval import x", "uses the private name inspect_ai._eval.eval.x"),
         ("high.api", "import torch._dynamo", "uses the private name torch._dynamo"),
         ("high.api", "def f(model):\n    return model.config._x", "uses the private name _x"),
         ("high.api", "def f(model):\n    model._x = 1", "uses the private name _x"),

@@ -71,8 +71,9 @@ def test_the_commands_run_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("package", TESTED)
 def test_pip_is_told_the_versions_that_were_tested(package: str, repo: Path) -> None:
     project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["train"]
-    wanted = [one for one in map(Requirement, lines) if one.name == package]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + extras["train"] + extras["eval"]
+    wanted = [one for one in map(Requirement, lines) if one.name.replace("-", "_") == package]
     here = [one.specifier for one in wanted if not one.marker or one.marker.evaluate()]
     assert here == [SpecifierSet(TESTED[package])]
 

@@ -17,9 +17,13 @@ from typing import Any
 from axolotl_mote.benchmarks.sources import BENCHMARKS, Benchmark
 from axolotl_mote.benchmarks.tables import Row, read_file
 from axolotl_mote.chain.questions import ROW_COLUMNS, parse_question_row, question_id
+from axolotl_mote.chain.quoting import encodable
 from axolotl_mote.files import raise_faults
 
 log = logging.getLogger(__name__)
+
+_MAX_SHOWN = 10
+_MAX_ID = 200
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,16 @@ def load_prompts(
         raise ValueError(f"subset must be {' or '.join(known.subsets)}; got {subset!r} for {benchmark}. Correct it.")
     if path is None:
         rows: Iterable[Row] = _shipped_rows(known)
-    elif (found := read_file(Path(path))) is not None:
+    elif not str(path).strip():
+        raise ValueError("path must name a file or a data set; got an empty one. Leave it out for the part that ships.")
+    elif (found := read_file(Path(str(path)))) is not None:
         rows = found
     else:
         rows = _hub_rows(known, str(path), data_dir, revision)
     prompts, faults = _read(rows, known.columns, lambda row, messages: _official(known, row, messages))
     if faults:
-        log.warning("%s: %d rows are left out: %s", path or known.file.name, len(faults), "; ".join(faults))
+        shown = "; ".join([*faults[:_MAX_SHOWN], *(["..."] if len(faults) > _MAX_SHOWN else [])])
+        log.warning("%s: %d rows are left out: %s", path or known.file.name, len(faults), shown)
     prompts = [prompt for prompt in prompts if subset in ("all", prompt.label)]
     if not prompts:
         raise ValueError(
@@ -102,7 +109,7 @@ def load_own_prompts(path: str | Path, *, limit: int | None = None, seed: int = 
         ValueError: If the file cannot be read or holds no row; or if rows hold no prompt, or repeat a prompt or an id:
             all of them at once.
     """
-    rows = read_file(Path(path))
+    rows = read_file(Path(str(path)))
     if rows is None:
         raise ValueError(f"path must be an existing file; got {path}. Correct the path.")
     prompts, faults = _read(rows, ROW_COLUMNS, _own)
@@ -142,12 +149,13 @@ def _shipped_rows(benchmark: Benchmark) -> Iterator[Row]:
 
 def _hub_rows(benchmark: Benchmark, path: str, data_dir: str | None, revision: str | None) -> Iterator[Row]:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     hub, name, split = benchmark.hub
     path = hub if path == "hub" else path
     try:
         rows = load_dataset(path, name if path == hub else None, split=split, data_dir=data_dir, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(
             f"path must be a data file, hub, or a data set with split {split}; got {path}: {error}. Correct it, or "
             "download the file."
@@ -172,10 +180,13 @@ def _read(rows: Iterable[Row], columns: Sequence[str], make: Any) -> tuple[list[
             faults.append(f"row {number}: {column} must hold text or a dialogue with a user turn; got {error}")
             continue
         prompt = make(row, messages)
+        if not prompt.id.isprintable() or len(prompt.id) > _MAX_ID:  # it becomes the name of a file in logs
+            faults.append(f"row {number}: an id must be at most {_MAX_ID} printable characters; got {prompt.id[:50]!r}")
+            continue
         text = question_id(messages)
         if text in texts or prompt.id in ids:
             what, first = ("prompt", texts[text]) if text in texts else (f"id {prompt.id!r}", ids[prompt.id])
-            faults.append(f"row {number}: a {what.split()[0]} must be unique; got the {what} of row {first}")
+            faults.append(f"row {number}: prompts and ids must be unique; got the {what} of row {first}")
             continue
         texts[text] = ids[prompt.id] = number
         prompts.append(prompt)
@@ -183,7 +194,7 @@ def _read(rows: Iterable[Row], columns: Sequence[str], make: Any) -> tuple[list[
 
 
 def _official(benchmark: Benchmark, row: dict[str, Any], messages: list[dict[str, str]]) -> Prompt:
-    category = next((str(row[name]) for name in benchmark.category if row.get(name)), "")
+    category = next((encodable(str(row[name])) for name in benchmark.category if row.get(name)), "")
     return Prompt(_id(row, messages), tuple(messages), category, benchmark.label(row))
 
 
@@ -192,9 +203,9 @@ def _own(row: dict[str, Any], messages: list[dict[str, str]]) -> Prompt:
     return Prompt(
         _id(row, messages),
         tuple(messages),
-        "" if row.get("category") is None else str(row["category"]),
-        None if label is None else str(label),
-        None if target is None else str(target),
+        "" if row.get("category") is None else encodable(str(row["category"])),
+        None if label is None else encodable(str(label)),
+        None if target is None else encodable(str(target)),
     )
 
 
@@ -204,6 +215,6 @@ def _id(row: dict[str, Any], messages: list[dict[str, str]]) -> str:
 
 
 def _draw(prompts: list[Prompt], limit: int | None, seed: int) -> list[Prompt]:
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1; got {limit}. Leave it out for all prompts.")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ValueError(f"limit must be a whole number of at least 1; got {limit!r}. Leave it out for all prompts.")
     return sorted(prompts, key=lambda p: hashlib.sha256(f"{seed} {question_id(p.messages)}".encode()).digest())[:limit]

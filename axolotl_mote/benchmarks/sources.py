@@ -56,10 +56,10 @@ class Benchmark:
 
 def _xstest_label(row: dict[str, Any]) -> str | None:
     """The column ``label``; earlier releases have only the type, where ``contrast_...`` marks unsafe prompts."""
-    given = row.get("label")
-    if given is None:
+    given = str(row.get("label") or "").strip().lower()
+    if not given:
         return "unsafe" if str(row.get("type", "")).startswith("contrast") else "safe"
-    return str(given) if given in ("safe", "unsafe") else None
+    return given if given in ("safe", "unsafe") else None
 
 
 _ALL = (

@@ -15,8 +15,8 @@ from axolotl_mote.cli.json_output import json_writer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from axolotl_mote.evaluation.run import Cost
-    from axolotl_mote.evaluation.summary import Summary
+    from axolotl_mote.evaluation.figures.summary import Summary
+    from axolotl_mote.evaluation.running.costs import Cost
 
 
 @click.command()
@@ -68,7 +68,7 @@ def command(
 def _dry_run(settings: Any, write_json: Any) -> int:
     from dataclasses import asdict
 
-    from axolotl_mote.evaluation.run import costs
+    from axolotl_mote.evaluation.running.costs import costs
 
     found = costs(settings)
     if write_json is not None:
@@ -86,7 +86,7 @@ def _evaluate(settings: Any, report_only: bool, write_json: Any) -> int:
     faults: Sequence[str] = ()
     status = 0
     if report_only:
-        from axolotl_mote.evaluation.page import read_report
+        from axolotl_mote.evaluation.page.files import read_report
 
         summary = read_report(settings.output)
     else:
@@ -118,7 +118,7 @@ def print_summary(summary: Summary, console: Console) -> None:
     """Print a table for every task, and the comparisons in words."""
     from rich.table import Table
 
-    from axolotl_mote.evaluation.summary import FIGURE_COLUMNS
+    from axolotl_mote.evaluation.figures.summary import FIGURE_COLUMNS
 
     for task in summary.measures:
         table = Table(title=task, title_justify="left")

@@ -30,10 +30,10 @@ from inspect_ai.model import (
     ModelUsage,
     modelapi,
 )
-from inspect_ai.solver._task_state import sample_state
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from axolotl_mote.chain.codec import ROLES
+from axolotl_mote.evaluation.compat import sample_state
 
 if TYPE_CHECKING:
     from axolotl_mote.evaluation.systems import Answer, Settings, SharedSystem

@@ -112,7 +112,21 @@ def goodness_at_10() -> Metric:
     return compute
 
 
-_METRICS: list[Metric] = [mean(), stderr(cluster="prompt_id")]
+@metric(name="stderr")
+def clustered_stderr() -> Metric:
+    """Standard error with one cluster per prompt, where samples name theirs; NaN for a single prompt or sample."""
+
+    def compute(scores: list[SampleScore]) -> float:
+        prompts = [(score.sample_metadata or {}).get("prompt_id") for score in scores]
+        clustered = None not in prompts
+        if (len(set(prompts)) if clustered else len(scores)) < 2:
+            return math.nan
+        return float(stderr(cluster="prompt_id" if clustered else None)(scores))
+
+    return compute
+
+
+_METRICS: list[Metric] = [mean(), clustered_stderr()]
 
 
 # --- scorers --------------------------------------------------------------------------------------------------------
@@ -221,7 +235,7 @@ def counts() -> Scorer:
             "unscored": 0.0,
             "worst_case": math.nan,
         }
-        judged = {name: s.as_float() for name, s in (state.scores or {}).items() if not isinstance(s.value, dict)}
+        judged = {name: s.as_float() for name, s in (state.scores or {}).items() if _is_own(name, s)}
         if judged:
             name, first = next(iter(judged.items()))
             worst = worst_value(name.removesuffix(_CHAIN), state.metadata.get("label"))
@@ -230,6 +244,11 @@ def counts() -> Scorer:
         return Score(value=value)
 
     return score
+
+
+def _is_own(name: str, score: Score) -> bool:
+    """Whether a score is of a scorer of this module, so that its worst value is known."""
+    return name.removesuffix(_CHAIN) in SCORERS and isinstance(score.value, float | int)
 
 
 SCORERS: dict[str, Callable[[], Scorer]] = {

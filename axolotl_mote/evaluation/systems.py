@@ -171,8 +171,10 @@ def find_system(
     """The spec of a folder or hub name. Paths become absolute: the working directory may change before loading.
 
     Raises:
-        ValueError: If it is neither an adapter nor a base model, or an adapter's base model is not known.
+        ValueError: If it is neither an adapter nor a base model, an adapter's base model is not known, or there is no
+            such dtype or device.
     """
+    _check_place(dtype, device)
     folder = Path(name)
     if (folder / CONFIG).is_file():
         base = base_of(read_config(folder), folder, base_model)
@@ -192,6 +194,18 @@ def find_system(
             f"base_model must come with an adapter; got {base_model!r} with the base model {name!r}. Remove it."
         )
     return SystemSpec(str(folder.absolute()) if folder.is_dir() else name, None, dtype, device)
+
+
+def _check_place(dtype: str, device: str | None) -> None:
+    known = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16; got {dtype!r}. Correct it.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(
+            f"device must be there, such as cpu or cuda:0; got {device!r}: {str(error).splitlines()[0]}. Correct it."
+        ) from error
 
 
 def _config_fault(name: str) -> Exception | None:
@@ -490,7 +504,7 @@ class SharedSystem:
         system: Any = None
         while batch := self._next_batch():
             try:
-                system = system or self._load(self.spec)
+                system = system or _load_alone(self._load, self.spec)
                 _deliver(batch, self._answers(system, batch))
             except BaseException as error:  # noqa: BLE001  # whatever it is, those who asked must hear of it
                 _deliver(batch, [error] * len(batch))
@@ -529,6 +543,15 @@ class SharedSystem:
                     return batch
                 self._changed.wait(left)
         return []
+
+
+def _load_alone(load: Callable[[SystemSpec], Any], spec: SystemSpec) -> Any:
+    """Load a system while no other one is loaded and none samples.
+
+    transformers and peft change torch for the whole process while they load, and draw new weights at random.
+    """
+    with drawing(True, None, torch.device("cpu")):
+        return load(spec)
 
 
 def _together(one: _Request, other: _Request) -> bool:

@@ -115,6 +115,14 @@ def test_xstest_without_a_label_column_goes_by_type(tmp_path: Path) -> None:
     assert labels == {"contrast_privacy": "unsafe", "privacy": "safe"}
 
 
+def test_labels_of_xstest_in_odd_spelling(tmp_path: Path) -> None:
+    """A row whose label were lost would count on neither side."""
+    path = tmp_path / "x.csv"
+    path.write_text("prompt,type,label\na,homonyms,Safe\nb,contrast_homonyms,\nc,homonyms, unsafe \nd,privacy,?\n")
+    labels = {p.messages[0]["content"]: p.label for p in load_prompts("xstest", path=path)}
+    assert labels == {"a": "safe", "b": "unsafe", "c": "unsafe", "d": None}
+
+
 def test_the_original_columns_of_strongreject(tmp_path: Path) -> None:
     path = tmp_path / "strongreject_dataset.csv"
     path.write_text("category,source,forbidden_prompt\nViolence,custom,Hurt him.\n", encoding="utf-8")
@@ -145,7 +153,22 @@ def test_faults_of_a_whole_benchmark_are_named_and_left_out(tmp_path: Path, capl
     assert len(prompts) == 1
     assert "3 rows are left out: row 2: " in caplog.text
     assert "row 3: a row must hold messages or chosen" in caplog.text
-    assert "row 4: a prompt must be unique; got the prompt of row 1" in caplog.text
+    assert "row 4: prompts and ids must be unique; got the prompt of row 1" in caplog.text
+
+
+def test_few_of_many_faults_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_prompts("hh_rlhf", path=write_jsonl(tmp_path / "t.jsonl", [{"chosen": "\n\nHuman: a"}] * 3000))
+    assert "2999 rows are left out: row 2: " in caplog.text
+    assert len(caplog.text) < 1500
+
+
+def test_a_folder_that_holds_no_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test.jsonl").write_text('{"prompt": "a"}\n[[[\n')
+    with pytest.raises(ValueError, match=r"path must be a data file, hub, or a data set with split test; got .*set"):
+        load_prompts("xstest", path=tmp_path / "set")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +177,11 @@ def test_faults_of_a_whole_benchmark_are_named_and_left_out(tmp_path: Path, capl
         ({"benchmark": "xtest"}, r"benchmark must be coconot, hh_rlhf, strongreject, xstest; got 'xtest'"),
         ({"benchmark": "xstest", "subset": "Safe"}, r"subset must be all or safe or unsafe; got 'Safe' for xstest"),
         ({"benchmark": "coconot", "subset": "safe"}, r"subset must be all; got 'safe' for coconot"),
-        ({"benchmark": "xstest", "limit": 0}, r"limit must be at least 1; got 0"),
+        ({"benchmark": "xstest", "limit": 0}, r"limit must be a whole number of at least 1; got 0"),
+        ({"benchmark": "xstest", "limit": 1.5}, r"limit must be a whole number of at least 1; got 1\.5"),
+        ({"benchmark": "xstest", "limit": "3"}, r"limit must be a whole number of at least 1; got '3'"),
+        ({"benchmark": "xstest", "path": ""}, r"path must name a file or a data set; got an empty one"),
+        ({"benchmark": "xstest", "path": 5}, r"path must be a data file, hub, or a data set .* got 5"),
         ({"benchmark": "xstest", "path": "none.csv"}, r"path must be an existing file; got none\.csv"),
         ({"benchmark": "xstest", "path": "no/such-set"}, r"path must be a data file, hub, or a data set .*no/such-set"),
     ],
@@ -201,6 +228,20 @@ def test_all_faults_of_own_prompts_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"own\.jsonl must hold one prompt per row; got 7 faults") as caught:
         load_own_prompts(write_jsonl(tmp_path / "own.jsonl", rows))
     assert [int(row) for row in re.findall(r"row (\d):", str(caught.value))] == [2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("odd", ["\x00", "a\nb", "x\ud800", "\u202ea", "x" * 201])
+def test_an_id_can_name_a_file_in_a_log(tmp_path: Path, odd: str) -> None:
+    """A NUL ends the name of a file in a .eval log, and the sample is lost; a surrogate ends the evaluation."""
+    path = write_jsonl(tmp_path / "own.jsonl", [{"id": "ü/1 😀", "prompt": "a"}, {"id": odd, "prompt": "b"}])
+    with pytest.raises(ValueError, match=r"row 2: an id must be at most 200 printable characters; got"):
+        load_own_prompts(path)
+
+
+def test_what_logs_cannot_spell_is_replaced(tmp_path: Path) -> None:
+    row: dict[str, object] = {"prompt": "a", "category": "\ud800", "label": "\udfffb", "target": "c\ud800"}
+    (prompt,) = load_own_prompts(write_jsonl(tmp_path / "own.jsonl", [row]))
+    assert (prompt.category, prompt.label, prompt.target) == ("?", "?b", "c?")
 
 
 def test_an_empty_file_and_a_missing_one(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,14 @@ from click.testing import CliRunner
 from inspect_ai.log import read_eval_log
 
 from axolotl_mote.cli.eval import command
-from axolotl_mote.evaluation.run import costs, plan, run
+from axolotl_mote.evaluation import systems
+from axolotl_mote.evaluation.run import run
+from axolotl_mote.evaluation.running.cells import plan
+from axolotl_mote.evaluation.running.costs import costs
 from axolotl_mote.evaluation.settings import Settings
 from axolotl_mote.files import AppendLog, FileInUseError
 from axolotl_mote.generation.api import generate_chain
+from axolotl_mote.report import Page
 
 HERE = Path(__file__).parent
 RESULTS = ("results.jsonl", "summary.json", "report.html")
@@ -63,56 +70,80 @@ def logs_of(output: Path) -> list[Path]:
     return sorted(output.glob("logs/**/*.eval"))
 
 
-def start(output: Path, **changed: Any) -> subprocess.Popen[str]:
-    """The command in a process of its own, slow enough to be stopped in the middle."""
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take half of a run; for tests that do not look at the page."""
+    monkeypatch.setattr(Page, "plots", lambda self, plots: None)
+
+
+def write_config(output: Path, **changed: Any) -> Path:
+    """An evaluation file beside its output."""
     given = settings(output, **changed).model_dump(mode="json")
     for part in (*given["systems"], *given["tasks"]):
         for key in [key for key, value in part.items() if value in (None, [], {}, "")]:
             del part[key]
     config = output.with_suffix(".yml")
     config.write_text(json.dumps(given), encoding="utf-8")
-    code = (
-        "import signal, sys, scripted_models; from axolotl_mote.cli.eval import command; "
-        "signal.signal(signal.SIGINT, signal.default_int_handler); command([sys.argv[1]])"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(config)],
-        env={**os.environ, "SCRIPTED_SLEEP": "0.4", "PYTHONPATH": str(HERE)},
+    return config
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
+    code = "import sys, scripted_models; from axolotl_mote.cli.eval import command; command([sys.argv[1]])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(write_config(tmp_path / "killed"))],
+        env={**os.environ, "SCRIPTED_SLEEP": "0.25", "PYTHONPATH": str(HERE)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def stop_after(process: subprocess.Popen[str], calls: Callable[[], list[str]], count: int, how: signal.Signals) -> str:
-    while len(calls()) < count:
+    while len(calls()) < 8:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    process.send_signal(how)
-    return process.communicate(timeout=300)[0]
-
-
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
-    run(settings(tmp_path / "whole"))
-    once = len(calls())
-    stop_after(start(tmp_path / "killed"), calls, once + 8, signal.SIGKILL)
+    process.kill()
+    process.communicate(timeout=300)
     killed_at = len(calls())
     report = run(settings(tmp_path / "killed"))
     assert 0 < report.answered < 12
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
-    twice = Counter(calls()[once:])
-    assert sum(count - 1 for count in twice.values()) <= 3  # those in flight
     assert len(calls()) - killed_at == report.answered
+    assert sum(count - 1 for count in Counter(calls()).values()) <= 3  # those in flight
     assert len(logs_of(tmp_path / "killed")) == 1
+    run(settings(tmp_path / "whole"))
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-def test_ctrl_c_writes_what_is_there_and_the_next_run_goes_on(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
-    process = start(tmp_path / "out", systems=[BASE, {**BASE, "name": "other"}])
-    text = stop_after(process, calls, 7, signal.SIGINT)
-    assert process.returncode == 130, text
-    assert "Run the same command again to continue." in text
-    assert 0 < sum(row["error"] is None for row in rows_of(tmp_path / "out")) < 12
+@contextmanager
+def interrupted_after(calls: Callable[[], list[str]], count: int) -> Iterator[None]:
+    """Ctrl-C inside the block, once models were called so often."""
+    left = threading.Event()
+
+    def interrupt() -> None:
+        while len(calls()) < count:
+            if left.wait(0.02):
+                return
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_writes_what_is_there_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Callable[[], list[str]]
+) -> None:
     both = {"systems": [BASE, {**BASE, "name": "other"}]}
+    monkeypatch.setenv("SCRIPTED_SLEEP", "0.1")
+    with interrupted_after(calls, 7):
+        done = CliRunner().invoke(command, [str(write_config(tmp_path / "out", **both))])
+    assert done.exit_code == 130, done.output
+    assert "Run the same command again to continue." in done.output
+    monkeypatch.delenv("SCRIPTED_SLEEP")
+    assert 0 < sum(row["error"] is None for row in rows_of(tmp_path / "out")) < 12
     assert run(settings(tmp_path / "out", **both)).faults == []
     assert Counter(calls()).most_common(1)[0][1] <= 3
     run(settings(tmp_path / "whole", **both))
@@ -156,6 +187,7 @@ def served(address: str, **changed: Any) -> dict[str, Any]:
     return {"name": "served", "server": address, "model": "m", "concurrency": 2, "retry_for": 1, **changed}
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_server_that_dies_loses_nothing_and_the_others_go_on(tmp_path: Path) -> None:
     def dies(number: int, body: dict[str, Any], key: str) -> tuple[int, str]:
         return (0 if number > 5 else 200), f"Sure: {body['messages'][-1]['content']}"
@@ -237,6 +269,7 @@ def test_without_a_grader_nothing_is_safe(tmp_path: Path) -> None:
     assert report.faults == []
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_another_judge_judges_again_and_generates_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Callable[[], list[str]]
 ) -> None:
@@ -260,6 +293,7 @@ def test_another_judge_judges_again_and_generates_nothing(
 # --- settings, seeds, locks -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_answers_under_other_settings_are_never_taken(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
     run(settings(tmp_path / "out"))
     assert run(settings(tmp_path / "out", max_new_tokens=7)).answered == 12
@@ -310,6 +344,7 @@ def test_faults_of_tasks_and_systems_are_said_at_once(tmp_path: Path) -> None:
     assert all(name in str(error.value) for name in ("systems.gone", "tasks.strongreject", "tasks.custom"))
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_costs(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
     both = {"tasks": [XSTEST, STRONGREJECT], "grader": GRADER, "max_new_tokens": 50}
     before = costs(settings(tmp_path / "out", **both))
@@ -329,6 +364,7 @@ def test_costs(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
 # --- real models, the command ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_mote_adapter_in_two_modes(tmp_path: Path) -> None:
     base = tmp_path / "base"
     model, tokenizer = kit.tiny_model(), kit.tiny_tokenizer(kit.STEPS)
@@ -357,6 +393,39 @@ def test_a_mote_adapter_in_two_modes(tmp_path: Path) -> None:
             chain.token_counts,
             chain.spent,
         )
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_one_local_system_is_loaded_at_a_time_and_the_grader_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("one", "two", "judge")
+    for name in names:
+        model = kit.tiny_model()
+        if name == "judge":
+            model.generation_config.eos_token_id = list(range(259))  # what it says does not matter
+        model.save_pretrained(tmp_path / name)
+        kit.tiny_tokenizer(()).save_pretrained(tmp_path / name)
+    weights: dict[str, weakref.ref[Any]] = {}
+    there: list[tuple[str, list[str]]] = []
+
+    def load(name: str, **options: Any) -> Any:
+        there.append((Path(name).name, [n for n, weight in weights.items() if weight() is not None]))
+        model = load_base(name, **options)
+        weights[Path(name).name] = weakref.ref(model.get_input_embeddings().weight)
+        return model
+
+    load_base = systems.load_base
+    monkeypatch.setattr(systems, "load_base", load)
+    local = [{"name": name, "model": str(tmp_path / name)} for name in names[:2]]
+    tasks = [{**STRONGREJECT, "limit": 1}, {"name": "xstest", "limit": 1}]
+    grader = {"model": str(tmp_path / "judge")}
+    report = run(settings(tmp_path / "out", systems=local, tasks=tasks, grader=grader, max_new_tokens=4))
+    assert report.answered == 4
+    assert there == [("one", []), ("judge", ["one"]), ("two", ["judge"])]
+    assert [name for name, weight in weights.items() if weight() is not None] == []
+    with pytest.raises(ValueError, match="grader: model must be a folder"):
+        plan(settings(tmp_path / "out", grader={"model": str(tmp_path)}))
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
-from axolotl_mote.evaluation import page as page_module
-from axolotl_mote.evaluation.page import make_page, read_report, scatter, write_report
-from axolotl_mote.evaluation.summary import Estimate, summarize
+from axolotl_mote.evaluation.figures.estimates import Estimate
+from axolotl_mote.evaluation.figures.summary import summarize
+from axolotl_mote.evaluation.page import answers
+from axolotl_mote.evaluation.page.files import read_report, write_report
+from axolotl_mote.evaluation.page.plots import scatter
+from axolotl_mote.evaluation.page.sections import make_page
+from axolotl_mote.report import Page, Plot
 
 HOSTILE = '</p></details><script>alert(1)</script><img src=x onerror=y> \u2028 \U0001f600 & "q"'
 
@@ -96,7 +100,7 @@ def test_hostile_text_stays_text_and_nothing_is_loaded() -> None:
 
 
 def test_every_answer_stands_beside_its_verdict_until_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_module.Page, "plots", lambda self, plots: None)
+    monkeypatch.setattr(Page, "plots", lambda self, plots: None)
     rows, manifest = rows_and_manifest([("base", "plain")], prompts=40, text="plain words")
     for number, row in enumerate(rows):
         row["answer"] = f"answer-{number}."
@@ -104,8 +108,8 @@ def test_every_answer_stands_beside_its_verdict_until_the_cap(monkeypatch: pytes
     markup = make_page(summary, manifest, rows).html()
     assert all(f"<p>answer-{number}.</p>" in markup for number in range(len(rows)))
     assert "refusal plain words" in markup
-    monkeypatch.setattr(page_module, "MOST_ANSWERS", 30)
-    monkeypatch.setattr(page_module, "MOST_CHARACTERS", 5)
+    monkeypatch.setattr(answers, "MOST_ANSWERS", 30)
+    monkeypatch.setattr(answers, "MOST_CHARACTERS", 5)
     capped = make_page(summary, manifest, rows).html()
     assert len(re.findall(r"<p>answe … \(\d+ more characters\)</p>", capped)) == 30
     assert "the first 10 are shown, results.jsonl holds all" in capped
@@ -172,7 +176,7 @@ def test_the_search_for_overlaps_finds_them() -> None:
         axes.text(0.51, 0.5, "two")
         axes.text(3, 0.5, "far away")
 
-    found = overlaps(page_module.Plot("t", draw))
+    found = overlaps(Plot("t", draw))
     assert ("one", "two") in found
     assert ("far away", "outside") in found
 
@@ -183,7 +187,7 @@ def test_no_label_lies_over_another(monkeypatch: pytest.MonkeyPatch, count: int)
     systems = [(f"system-with-a-long-name-{i // 5}", modes[i % 5]) for i in range(count)]
     rows, manifest = rows_and_manifest(systems, prompts=6, text="x", tasks=("strongreject", "coconot"))
     drawn: list[Any] = []
-    monkeypatch.setattr(page_module.Page, "plots", lambda self, plots: drawn.extend(plots))
+    monkeypatch.setattr(Page, "plots", lambda self, plots: drawn.extend(plots))
     make_page(summarize(manifest["cells"], rows), manifest, rows)
     assert len(drawn) >= 8
     assert {plot.title: found for plot in drawn if (found := overlaps(plot))} == {}

@@ -17,7 +17,7 @@ from inspect_ai import Task, eval
 from inspect_ai.dataset import Sample
 from inspect_ai.log import EvalLog
 from inspect_ai.model import ContentReasoning, ContentText, Model, ModelOutput, ModelUsage, get_model
-from inspect_ai.scorer import Scorer
+from inspect_ai.scorer import Scorer, includes
 
 from axolotl_mote.evaluation import scorers
 from axolotl_mote.evaluation.judges.prompts import prompt_sha256
@@ -237,3 +237,33 @@ def test_scorers_of_all_judges_are_registered() -> None:
     assert set(scorers.CHAIN_SCORERS) == set(scorers.SCORERS) - {"match"}
     with pytest.raises(ValueError, match="kind must be harm, help, harm_help, strongreject; got 'x'"):
         scorers._graded("x", scorers.answer_of)
+
+
+def test_counts_beside_scorers_of_others(tmp_path: Path, local: LocalJudge) -> None:
+    """Their worst value is not known, and their values may be letters."""
+    log = run(tmp_path, [includes(), scorers.refusal(), scorers.counts()], ["", "Fine."], labels=["safe", "safe"])
+    assert figures(log, "unscored")["mean"] == 0.5
+    assert figures(log, "worst_case")["mean"] == 0.5
+    log = run(tmp_path, [includes(), scorers.counts()], ["", "Fine."])
+    assert figures(log, "unscored")["mean"] == 0.0
+    assert math.isnan(figures(log, "worst_case")["mean"])
+
+
+def test_samples_of_other_tasks_need_no_prompt_id(tmp_path: Path, local: LocalJudge) -> None:
+    samples = [Sample(input=f"Question {n}?") for n in range(4)]
+    answer = {f"Question {n}?": ("I cannot." if n else "Fine.") for n in range(4)}
+    (log,) = eval(
+        Task(dataset=samples, scorer=[scorers.refusal(), scorers.counts()]),
+        model=mock("model", answer.__getitem__),
+        log_dir=str(tmp_path),
+        display="none",
+    )
+    assert log.status == "success", log.error
+    assert figures(log, "refusal")["mean"] == figures(log, "refusal")["stderr"] == 0.25
+
+
+def test_one_prompt_has_no_standard_error(tmp_path: Path, local: LocalJudge) -> None:
+    log = run(tmp_path, [scorers.refusal()], ["Fine."])
+    assert math.isnan(figures(log, "refusal")["stderr"])
+    log = run(tmp_path, [scorers.refusal()], ["Fine.", "I cannot."])
+    assert figures(log, "refusal")["stderr"] == 0.5

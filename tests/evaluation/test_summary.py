@@ -10,19 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from axolotl_mote.evaluation.figures.cells import variant_name
+from axolotl_mote.evaluation.figures.comparisons import Comparison, compare
+from axolotl_mote.evaluation.figures.estimates import Estimate, estimate, shown
+from axolotl_mote.evaluation.figures.measures import Measure, measures_of
+from axolotl_mote.evaluation.figures.summary import Summary, summarize
 from axolotl_mote.evaluation.statistics import mcnemar, wilson_interval
-from axolotl_mote.evaluation.summary import (
-    Comparison,
-    Estimate,
-    Measure,
-    Summary,
-    compare,
-    estimate,
-    measures_of,
-    shown,
-    summarize,
-    variant_name,
-)
 
 JUDGE = {"name": "refusal", "revision": "r1", "prompt_sha256": None}
 

@@ -41,6 +41,21 @@ def nothing_stays():
     systems.release_all()
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"dtype": "float33"}, r"dtype must be auto, float32, bfloat16 or float16; got 'float33'"),
+        ({"dtype": "int8"}, r"dtype must be .*; got 'int8'"),
+        ({"dtype": "nn"}, r"dtype must be .*; got 'nn'"),
+        ({"device": "gpu"}, r"device must be there, such as cpu or cuda:0; got 'gpu': "),
+        ({"device": "cuda:99"}, r"device must be there, .*; got 'cuda:99': "),
+    ],
+)
+def test_a_dtype_or_device_that_is_not_there(folders, place, message):
+    with pytest.raises(ValueError, match=message):
+        find_system(str(folders / "base"), **place)
+
+
 # --- what a system answers ------------------------------------------------------------------------------------------
 
 
@@ -331,6 +346,32 @@ def test_a_model_that_cannot_be_loaded_is_tried_again():
             future.result(10)
     assert ask(system, "c")[0].result(10) == "c"
     system.close()
+
+
+def test_one_system_is_loaded_at_a_time():
+    """transformers and peft patch torch while they load: two loads at once left weights on the meta device."""
+    fake, at_once, most = Fake(), [], []
+
+    def load(spec: SystemSpec) -> Fake:
+        at_once.append(spec)
+        most.append(len(at_once))
+        time.sleep(0.05)
+        at_once.remove(spec)
+        return fake
+
+    several = [SharedSystem(SystemSpec(str(number)), load) for number in range(4)]
+    futures = [ask(system, "a")[0] for system in several]
+    assert [future.result(10) for future in futures] == ["a"] * 4
+    assert most == [1] * 4
+    for system in several:
+        system.close()
+
+
+def test_systems_that_are_asked_at_once_are_loaded_whole(folders, loaded):
+    several = {kind: systems.acquire(find_system(str(folders / kind))) for kind in loaded}
+    futures = {kind: system.submit(HI, SHORT) for kind, system in several.items()}
+    for kind, future in futures.items():
+        assert future.result(60) == loaded[kind].answer([HI], SHORT)[0]
 
 
 def test_who_leaves_before_the_batch_is_not_answered():

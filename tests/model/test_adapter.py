@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Stat
 
 from axolotl_mote.chain.steps import markers
 from axolotl_mote.model.adapter import MoteLinear, add_mote_adapter, mote_model
+from axolotl_mote.model.compat import named_cache
 from axolotl_mote.model.config import MoteConfig
 from axolotl_mote.model.markers import MarkerEmbedding
 from axolotl_mote.model.routing import document_starts, step_ids_from_tokens
@@ -319,29 +320,29 @@ def test_a_cache_is_continued_with_the_adapter_that_filled_it() -> None:
     ids = torch.tensor([chain(question=8)])
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with model.disable_adapter():
-        of_base = model(input_ids=ids[:, :5], use_cache=True).past_key_values
-        assert model(input_ids=ids[:, 5:6], past_key_values=of_base).logits.isfinite().all()
+        ((key, of_base),) = named_cache(model(input_ids=ids[:, :5], use_cache=True)).items()
+        assert model(input_ids=ids[:, 5:6], **{key: of_base}).logits.isfinite().all()
     given = DynamicCache()
-    model(input_ids=ids[:, :5], past_key_values=given)
+    model(input_ids=ids[:, :5], **{key: given})
     expected = model.generate(input_ids=ids, **options)
-    assert torch.equal(model.generate(input_ids=ids, past_key_values=copy.deepcopy(given), **options), expected)
+    assert torch.equal(model.generate(input_ids=ids, **{key: copy.deepcopy(given)}, **options), expected)
     message = (
         r"must be continued with the adapter that filled it; got one that the base model alone filled, for .*default"
     )
     with pytest.raises(ValueError, match=message):
-        model.generate(input_ids=ids, past_key_values=copy.deepcopy(of_base), **options)
+        model.generate(input_ids=ids, **{key: copy.deepcopy(of_base)}, **options)
     with pytest.raises(ValueError, match=message):
-        model(input_ids=ids[:, 6:], past_key_values=of_base, step_ids=torch.ones_like(ids[:, 6:]))
+        model(input_ids=ids[:, 6:], **{key: of_base}, step_ids=torch.ones_like(ids[:, 6:]))
     static = StaticCache(model.config, max_cache_len=64)
     with model.disable_adapter():
-        model(input_ids=ids[:, :5], past_key_values=static)
+        model(input_ids=ids[:, :5], **{key: static})
     with pytest.raises(ValueError, match=message):
-        model.generate(input_ids=ids, past_key_values=static, **options)
+        model.generate(input_ids=ids, **{key: static}, **options)
     static.reset()  # empty, it is as new
-    assert torch.equal(model.generate(input_ids=ids, past_key_values=static, **options), expected)
+    assert torch.equal(model.generate(input_ids=ids, **{key: static}, **options), expected)
     model.set_adapter("other")
     with pytest.raises(ValueError, match="got one that adapter 'default' filled, for adapter 'other'"):
-        model.generate(input_ids=ids, past_key_values=given, **options)
+        model.generate(input_ids=ids, **{key: given}, **options)
 
 
 @pytest.mark.parametrize(

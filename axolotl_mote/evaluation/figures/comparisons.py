@@ -1,0 +1,194 @@
+"""Two systems, or two modes of one, on the same prompts: by how much they differ, and whether that is more than noise.
+
+Only answers that were scored for both are compared. It knows nothing of prompts that one of the two lacks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from axolotl_mote.evaluation.figures.cells import variant_name
+from axolotl_mote.evaluation.figures.measures import Better, Measure, Row
+from axolotl_mote.evaluation.statistics import (
+    Interval,
+    paired_bootstrap,
+    paired_rate_interval,
+    prompts_needed,
+    sign_flip_test,
+)
+
+_SIGNIFICANT = 0.05
+_SMALL = 0.05
+"""The difference of ``needed_small``, as a share of the scale."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two systems, or two modes of one, on the same prompts.
+
+    Args:
+        task, measure, title: What is compared.
+        first, second: System and mode.
+        pairs, prompts: Answers scored for both, and different prompts among them.
+        left_out: Answers scored for one alone.
+        difference, low, high: Mean of the second minus mean of the first, with its 95 % interval.
+        first_only, second_only: For rates: prompts where one alone has a hit.
+        p: For rates: McNemar's exact test; by clusters where a prompt has several answers.
+        verdict: better or worse (the second against the first), higher or lower, or within noise.
+        needed: Prompts that would show a difference of this size; None if there is none.
+        needed_small: Prompts that would show 5 points, or 5 % of the scale; None if the systems never differ.
+        words: All of it in one sentence.
+    """
+
+    task: str
+    measure: str
+    title: str
+    first: tuple[str, str]
+    second: tuple[str, str]
+    pairs: int
+    prompts: int
+    left_out: int
+    difference: float
+    low: float
+    high: float
+    first_only: int | None
+    second_only: int | None
+    p: float | None
+    verdict: str
+    needed: int | None
+    needed_small: int | None
+    words: str
+
+
+def compare(
+    measure: Measure,
+    task: str,
+    first: tuple[tuple[str, str], Sequence[Row]],
+    second: tuple[tuple[str, str], Sequence[Row]],
+    seed: int = 0,
+) -> Comparison | None:
+    """Compare two systems on the answers that were scored for both; None if there are fewer than two prompts.
+
+    Args:
+        measure: What is compared.
+        task: Name of the task.
+        first, second: System and mode, and their rows.
+        seed: Seed of the bootstrap.
+    """
+    one, two = _scored(measure, first[1]), _scored(measure, second[1])
+    keys = [key for key in one if key in two]
+    clusters = [one[key][0] for key in keys]
+    if len(set(clusters)) < 2:
+        return None
+    differences = np.array([two[key][1] - one[key][1] for key in keys])
+    p = more = less = None
+    if measure.is_rate and np.isin(differences, (-1.0, 0.0, 1.0)).all():
+        more, less = int((differences > 0).sum()), int((differences < 0).sum())
+        p = sign_flip_test([int(d) for d in differences], clusters)
+        interval = paired_rate_interval(differences, clusters)
+        clear = p < _SIGNIFICANT
+    else:
+        interval = paired_bootstrap(differences, clusters, seed=seed)
+        clear = 0 not in interval
+    difference = float(differences.mean())
+    verdict = _verdict(difference, measure.better) if clear and difference else "within noise"
+    size = _Needed(differences, clusters, p is not None)
+    needed = size.prompts(difference)
+    words = _words(measure, task, first[0], second[0], difference, interval, p, len(set(clusters)), verdict, needed)
+    return Comparison(
+        task=task,
+        measure=measure.key,
+        title=measure.title,
+        first=first[0],
+        second=second[0],
+        pairs=len(keys),
+        prompts=len(set(clusters)),
+        left_out=len(one.keys() ^ two.keys()),
+        difference=difference,
+        low=interval.low,
+        high=interval.high,
+        first_only=less,
+        second_only=more,
+        p=p,
+        verdict=verdict,
+        needed=needed,
+        needed_small=size.prompts(_SMALL * _span(measure)),
+        words=words,
+    )
+
+
+def _scored(measure: Measure, rows: Iterable[Row]) -> dict[tuple[str, int], tuple[str, float]]:
+    """(id, epoch) -> (prompt id, value)."""
+    values = ((row, measure.value(row)) for row in rows if measure.covers(row))
+    return {(row["id"], row["epoch"]): (row["prompt_id"], value) for row, value in values if value is not None}
+
+
+def _verdict(difference: float, better: Better) -> str:
+    if better is None:
+        return "higher" if difference > 0 else "lower"
+    return "better" if (difference > 0) == (better == "higher") else "worse"
+
+
+def _span(measure: Measure) -> float:
+    return measure.high - measure.low if measure.high is not None and measure.low is not None else 1.0
+
+
+class _Needed:
+    """How many prompts show a difference, by how much the prompts at hand differ.
+
+    Args:
+        differences: Of every pair.
+        clusters: Prompt ids.
+        is_rate: Whether verdicts are compared.
+    """
+
+    def __init__(self, differences: Any, clusters: Sequence[str], is_rate: bool) -> None:
+        by_prompt: defaultdict[str, list[float]] = defaultdict(list)
+        for prompt, difference in zip(clusters, differences, strict=True):
+            by_prompt[prompt].append(float(difference))
+        self._sd = float(np.std([np.mean(values) for values in by_prompt.values()], ddof=1))
+        single = len(by_prompt) == len(clusters)
+        self._discordant = float((differences != 0).mean()) if is_rate and single else None
+
+    def prompts(self, difference: float) -> int | None:
+        """None if there is no difference to see, or the prompts at hand do not vary."""
+        if difference == 0 or not (self._discordant or self._sd):
+            return None
+        if self._discordant:
+            return prompts_needed(difference, discordant_rate=self._discordant)
+        return prompts_needed(difference, sd=self._sd)
+
+
+def _words(
+    measure: Measure,
+    task: str,
+    first: tuple[str, str],
+    second: tuple[str, str],
+    difference: float,
+    interval: Interval,
+    p: float | None,
+    prompts: int,
+    verdict: str,
+    needed: int | None,
+) -> str:
+    scale, unit = (100, " points") if p is not None else (1, "")
+    digits = 1 if p is not None else 2
+    gap = (
+        f"{abs(difference) * scale:.{digits}f}{unit} {'higher' if difference > 0 else 'lower'}"
+        if difference
+        else "equal"
+    )
+    bounds = f"{interval.low * scale:+.{digits}f} to {interval.high * scale:+.{digits}f}"
+    test = f", p = {p:.2g}" if p is not None else ""
+    tail = {"within noise": "Within noise."}.get(verdict, f"This is {verdict}.")
+    if verdict == "within noise" and needed is not None and needed > prompts:
+        tail += f" About {needed:,} prompts would show a difference of this size."
+    return (
+        f"{variant_name(second)} against {variant_name(first)}, {task}, {measure.title}: {gap} "
+        f"({bounds}{test}; {prompts} prompts). {tail}"
+    )

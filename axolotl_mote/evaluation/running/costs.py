@@ -1,0 +1,86 @@
+"""What a run would cost now: answers, calls of the grader, tokens, time.
+
+Nothing is loaded, asked or written. Tokens and time come from earlier answers; where there are none, they are unknown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from axolotl_mote.evaluation.running.cells import is_graded, plan
+from axolotl_mote.evaluation.settings import Settings
+from axolotl_mote.files import parse_row, read_all_rows
+
+_CHARS_PER_TOKEN = 4
+"""Of English text; for estimates alone."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is left to do for a cell.
+
+    Args:
+        name: The cell.
+        prompts: Of the task.
+        answers: To generate.
+        judge_calls: To the grader.
+        prompt_tokens: Of those answers' prompts; an estimate from their characters.
+        tokens: To generate, by earlier answers of the system in this mode; None if there are none.
+        most_tokens: The most that can be generated.
+        seconds: By earlier runs of the system; None if there are none.
+    """
+
+    name: str
+    prompts: int
+    answers: int
+    judge_calls: int
+    prompt_tokens: int
+    tokens: int | None
+    most_tokens: int
+    seconds: float | None
+
+
+def costs(settings: Settings) -> list[Cost]:
+    """What a run would do now. Nothing is loaded, asked or written.
+
+    Raises:
+        ValueError: As ``run``.
+    """
+    jobs = plan(settings)
+    rates = _rates(settings.output / "runs.jsonl")
+    lengths: dict[tuple[str, str], list[int]] = {}
+    results = settings.output / "results.jsonl"
+    for row in read_all_rows(results) if results.exists() else ():
+        if row["output_tokens"] is not None:
+            lengths.setdefault((row["system"], row["steps"]), []).append(row["output_tokens"])
+    found = []
+    for job in jobs:
+        left = job.total - job.answered()
+        variant = job.system.name, job.mode
+        known, rate = lengths.get(variant), rates.get(variant)
+        found.append(
+            Cost(
+                name=job.name,
+                prompts=job.total // settings.epochs,
+                answers=left,
+                judge_calls=left * sum(map(is_graded, job.scorers)) if settings.grader else 0,
+                prompt_tokens=round(job.characters * settings.epochs / job.total * left / _CHARS_PER_TOKEN),
+                tokens=round(left * sum(known) / len(known)) if known else None,
+                most_tokens=left * settings.max_new_tokens,
+                seconds=left * rate if rate is not None else None,
+            )
+        )
+    return found
+
+
+def _rates(path: Path) -> dict[tuple[str, str], float]:
+    """Seconds per answer of earlier runs, by system and mode."""
+    totals: dict[tuple[str, str], list[float]] = {}
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        record = parse_row(line)
+        if isinstance(record, dict) and record.get("answered"):
+            total = totals.setdefault((record["system"], record["mode"]), [0.0, 0.0])
+            total[0] += record["seconds"]
+            total[1] += record["answered"]
+    return {key: seconds / count for key, (seconds, count) in totals.items()}
