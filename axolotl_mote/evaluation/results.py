@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,10 @@ PLAIN_ANSWER = answer_step(DEFAULT_STEPS)
 _REASONING = "reasoning"
 COUNTS = "counts"
 """The scorer of what needs no judge: its figures are columns of their own here."""
+
+
+_IN_MEMORY = r" (?:at 0x|via cancel scope )[0-9a-f]{6,}"
+"""What an error says of places in memory; they differ from run to run."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,40 @@ def is_answered(summary: EvalSampleSummary) -> bool:
 
 
 def answered_count(log: Path) -> int | None:
-    """Samples of a log that are done; None if it is no log, or torn."""
+    """Samples of a log that are done; None if it is no log, or torn or damaged anywhere."""
     try:
-        return sum(map(is_answered, read_eval_log_sample_summaries(str(log))))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        found = log.stat()
+    except OSError:
         return None
+    return _answered_count(log, found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _answered_count(log: Path, *_: int) -> int | None:
+    """Reads all of a log, once for each state of its file."""
+    try:
+        read_eval_log(str(log))
+        return sum(map(is_answered, read_eval_log_sample_summaries(str(log))))
+    except Exception:  # noqa: BLE001  # damage shows as an error of any part: zip, zstd, JSON, a model of inspect_ai
+        return None
+
+
+def name_graders(log: EvalLog, grader: str | None = None) -> None:
+    """Write into each score of an LLM judge which grader gave it, where that is not written yet.
+
+    inspect_ai writes scores as they come; they are of the grader that the head of the log names. A log can hold scores
+    of two graders once it was resumed or judged again.
+
+    Args:
+        log: A log of an evaluation; changed in place.
+        grader: Its hash; None: the one that the head of the log names.
+    """
+    grader = grader or ((log.eval.metadata or {}).get("axolotl_mote") or {}).get("grader")
+    for sample in log.samples or [] if grader else ():
+        for score in (sample.scores or {}).values():
+            judge = (score.metadata or {}).get("judge") or {}
+            if judge.get("prompt_sha256") and judge.get("name"):
+                judge.setdefault("grader", grader)
 
 
 def read_rows(cell: Cell, secrets: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
@@ -73,6 +106,7 @@ def read_rows(cell: Cell, secrets: Mapping[str, str] | None = None) -> Iterator[
     if cell.log is None:
         return
     log = read_eval_log(str(cell.log), resolve_attachments="full")
+    name_graders(log)
     ids = log.eval.dataset.sample_ids or []
     places = {str(name): place for place, name in enumerate(ids)}
     samples = sorted(log.samples or [], key=lambda s: (places.get(str(s.id), len(ids)), str(s.id), s.epoch))
@@ -82,7 +116,7 @@ def read_rows(cell: Cell, secrets: Mapping[str, str] | None = None) -> Iterator[
 
 def _row(cell: Cell, log: EvalLog, sample: EvalSample, secrets: Mapping[str, str]) -> dict[str, Any]:
     metadata = sample.metadata or {}
-    error = without_secrets(sample.error.message, secrets) if sample.error else None
+    error = without_secrets(re.sub(_IN_MEMORY, "", sample.error.message), secrets) if sample.error else None
     output = sample.output if sample.output and sample.output.choices else None
     mote = ((output.metadata or {}).get("mote") if output else None) or {}
     answer = output.message.text if output else None

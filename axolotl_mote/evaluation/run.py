@@ -139,13 +139,19 @@ def _run_system(
 
 def _answer(settings: Settings, job: Job, judging: _Judging, tell: Tell, display: str) -> None:
     with judging.grader() as grader:
-        made = answer(settings, job, grader, display)
-    if made.status == "error" and made.error is not None:
-        message = without_secrets(made.error.message.strip(), secrets_of(settings))
-        job.fault = message if len(message) <= _FAULT_LENGTH else f"... {message[-_FAULT_LENGTH:]}"
+        stopped, reasons = answer(settings, job, grader, display)
+    secrets = secrets_of(settings)
+    if stopped is not None:
+        job.fault = _short(without_secrets(stopped, secrets))
         tell(f"{job.name}: stopped: {job.fault}")
-    remove_secrets(job, secrets_of(settings))
+    elif reasons:
+        tell(f"{job.name}: {len(reasons)} failed, such as: {_short(without_secrets(reasons[0], secrets))}")
+    remove_secrets(job, secrets)
     tell(f"{job.name}: {job.answered()} of {job.total} answers")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _FAULT_LENGTH else f"{text[:_FAULT_LENGTH]} ..."
 
 
 def _run_record(settings: Settings) -> dict[str, Any]:

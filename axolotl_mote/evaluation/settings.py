@@ -13,6 +13,7 @@ import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -89,6 +90,8 @@ class Endpoint(_Schema):
             raise ValueError(
                 f"server must begin with http:// or https://; got {self.server!r}. Write the whole address."
             )
+        if self.server and (fault := _address_fault(self.server)):
+            raise ValueError(f"server must be an address such as http://localhost:8000/v1; got {fault}. Correct it.")
         if self.server and re.match(r"https?://[^/]*@", self.server):
             raise ValueError("server must not hold a password; got one. Put the key into api_key_env's variable.")
         return self
@@ -224,6 +227,18 @@ class Settings(_Schema):
         """Environment variables that hold API keys."""
         endpoints: list[Endpoint] = [*self.systems, *([self.grader] if self.grader else [])]
         return sorted({e.api_key_env for e in endpoints if e.api_key_env})
+
+
+def _address_fault(address: str) -> str | None:
+    """Why an address cannot be used; None if it can. The address itself may hold a password and is not repeated."""
+    if re.search(r"[\s\x00-\x1f\x7f]", address):
+        return "one with spaces or control characters"
+    try:
+        parts = urlsplit(address)
+        _ = parts.port
+    except ValueError as error:
+        return f"one that cannot be read ({error})"
+    return None if parts.hostname else "one without a host"
 
 
 def load_settings(path: str | Path) -> Settings:

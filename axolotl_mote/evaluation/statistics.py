@@ -4,7 +4,8 @@ Answers to one prompt (under several transforms, or in several epochs) are not i
 cluster is drawn as a whole. Values that were not scored must be taken out before; NaN raises an error.
 
     scalar     wilson_interval, mcnemar, prompts_needed
-    clustered  rate_interval, paired_rate_interval, bootstrap_interval, paired_bootstrap, sign_flip_test
+    clustered  rate_interval, paired_rate_interval, bootstrap_interval, score_interval, paired_bootstrap,
+               sign_flip_test
     agreement  cohen_kappa
 """
 
@@ -21,6 +22,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+
+_ENUMERATED = 12
+"""Up to this many clusters every flip of signs is tried."""
+_FLIPS = 9999
+_MOST_TOTAL = 2**17
+"""Up to this sum of whole numbers the chances of all sums are computed."""
+_MOST_DRAWN = 2**22
+"""At most this many indices or signs are drawn at a time."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile interval of a statistic by drawing whole clusters with replacement.
 
-    It is empty of width where all values are equal; use ``rate_interval`` for rates.
+    It is empty of width where all values are equal; use ``rate_interval`` for rates and ``score_interval`` for scores.
 
     Args:
         values: (N, ...) values; rows are drawn.
@@ -165,7 +174,7 @@ def bootstrap_interval(
         sums, counts = _cluster_sums(array, clusters)
         k = len(sums)
         draws = np.empty(samples)
-        step = max(1, 2**22 // k)  # at most 32 MB of drawn indices at a time
+        step = max(1, _MOST_DRAWN // k)
         for start in range(0, samples, step):
             chosen = rng.integers(k, size=(min(step, samples - start), k))
             draws[start : start + step] = sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
@@ -179,6 +188,47 @@ def bootstrap_interval(
         return Interval(math.nan, math.nan)
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
+
+
+def score_interval(
+    values: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    low: float = 0.0,
+    high: float = 1.0,
+    samples: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of the mean of scores on a scale with known ends.
+
+    It holds the bootstrap interval and Wald's after one more value at each end of the scale, as in
+    ``paired_rate_interval``. So it keeps a width where the values at hand are few or equal.
+
+    Example: scores 0 and 0 of 0 to 1 give 0 to 0.674.
+
+    Args:
+        values: (N,) scores.
+        clusters, samples, seed, confidence: As for ``bootstrap_interval``.
+        low, high: Ends of the scale.
+
+    Raises:
+        ValueError: If there are no values, one is not on the scale, the scale is empty, or the lengths differ.
+    """
+    array = _finite(values)
+    if not low < high:
+        raise ValueError(f"high must be above low; got {low} and {high}. Give the ends of the scale.")
+    if array.size and not low <= array.min() <= array.max() <= high:
+        raise ValueError(f"values must be from {low} to {high}; got others. Give the ends of their scale.")
+    drawn = bootstrap_interval(array, clusters, samples=samples, seed=seed, confidence=confidence)
+    shares = (array - low) / (high - low)
+    trials = _independent_trials(shares, clusters)
+    mean = float(shares.mean())
+    middle = (mean * trials + 1) / (trials + 2)
+    spread = (float(shares.var()) + (mean - middle) ** 2) * trials + middle**2 + (1 - middle) ** 2
+    half = _z(confidence) * math.sqrt(spread) / (trials + 2)
+    least, most = (low + (high - low) * bound for bound in (middle - half, middle + half))
+    return Interval(max(low, min(least, drawn.low)), min(high, max(most, drawn.high)))
 
 
 def paired_bootstrap(
@@ -220,26 +270,48 @@ def mcnemar(first_only: int, second_only: int) -> float:
     return min(1.0, float(Fraction(2 * tail, 2**n)))
 
 
-def sign_flip_test(differences: Sequence[int], clusters: Sequence[Hashable] | None = None) -> float:
-    """Two-sided exact p of paired verdicts in clusters: the sign of every cluster's sum is flipped at random.
+def sign_flip_test(differences: ArrayLike, clusters: Sequence[Hashable] | None = None, *, seed: int = 0) -> float:
+    """Two-sided p of paired verdicts or scores in clusters: the sign of every cluster's sum is flipped at random.
 
-    With one pair per cluster this is ``mcnemar``.
+    It is exact for whole numbers and for up to 12 clusters, and by drawn flips else. With one pair of verdicts per
+    cluster this is ``mcnemar``.
+
+    Example: scores that differ by 0.25 on each of 5 prompts give 0.0625; no 5 prompts can give less.
 
     Args:
-        differences: (N,) -1, 0 or 1: hit of the second system minus hit of the first.
+        differences: (N,) verdict or score of the second system minus that of the first.
         clusters: (N,) names; None: every pair is a cluster.
+        seed: Seed of the draws.
 
     Returns:
         The probability that the absolute sum is at least the observed one.
+
+    Raises:
+        ValueError: If a difference is not finite, or the lengths differ.
     """
-    if len(differences) == 0:
+    values = _finite(differences)
+    if len(values) == 0:
         return 1.0
-    sums, _ = _cluster_sums(_finite(differences), clusters)
-    whole = np.rint(sums).astype(int)
-    if not np.array_equal(whole, sums):
-        raise ValueError("differences must be whole numbers; got fractions. Use paired_bootstrap for scores.")
+    sums, _ = _cluster_sums(values, clusters)
+    sums = sums[sums != 0]
+    total = float(np.abs(sums).sum())
+    if np.array_equal(np.rint(sums), sums) and total <= _MOST_TOTAL:
+        return _flips_of_whole(sums.astype(int))
+    observed = abs(math.fsum(sums)) - 1e-9 * total  # equal sums may differ by rounding
+    k = len(sums)
+    if k <= _ENUMERATED:
+        signs = 1 - 2 * (np.arange(2**k)[:, None] >> np.arange(k) & 1)
+        return float((np.abs(signs @ sums) >= observed).mean())
+    rng, extreme, step = np.random.default_rng(seed), 0, max(1, _MOST_DRAWN // k)
+    for start in range(0, _FLIPS, step):
+        signs = 1 - 2 * rng.integers(2, size=(min(step, _FLIPS - start), k), dtype=np.int8)
+        extreme += int((np.abs(signs @ sums) >= observed).sum())
+    return (extreme + 1) / (_FLIPS + 1)
+
+
+def _flips_of_whole(whole: NDArray[Any]) -> float:
     chances = np.ones(1)  # of the sums -total ... total
-    for size in np.abs(whole[whole != 0]):
+    for size in np.abs(whole):
         wider = np.zeros(len(chances) + 2 * size)
         wider[: len(chances)] += chances / 2
         wider[-len(chances) :] += chances / 2
@@ -282,6 +354,8 @@ def prompts_needed(
 ) -> int:
     """Prompts that a paired comparison needs to see a difference.
 
+    They are at least as many as the sign-flip test can be sure of: 6 that differ, at 95 %.
+
     Example: 5 points between two systems that disagree on 10 % of the prompts need 312 prompts.
 
     Args:
@@ -302,11 +376,12 @@ def prompts_needed(
     if not 0 < power < 1:
         raise ValueError(f"power must be above 0 and below 1; got {power}. Use 0.8.")
     alpha, beta = _z(confidence), NormalDist().inv_cdf(power)
+    fewest = math.floor(math.log2(2 / (1 - confidence))) + 1  # the smallest p of n prompts is 2 / 2**n
     if sd is not None:
-        return max(2, math.ceil(((alpha + beta) * sd / size) ** 2))
+        return max(fewest, math.ceil(((alpha + beta) * sd / size) ** 2))
     rate = min(1.0, max(float(discordant_rate or 0), size))
     needed = (alpha * math.sqrt(rate) + beta * math.sqrt(max(0.0, rate - size * size))) ** 2 / size**2
-    return max(2, math.ceil(needed))
+    return max(math.ceil(fewest / rate), math.ceil(needed))
 
 
 def _finite(values: ArrayLike) -> Floats:

@@ -165,7 +165,7 @@ def _task(
     }
     return Task(
         dataset=MemoryDataset([_sample(prompt, name) for prompt in prompts for name in transforms], name=benchmark),
-        solver=generate(),
+        solver=generate(tool_calls="none"),  # there are no tools: a server that calls some has answered
         scorer=[*chosen, counts()],
         version=version,
         metadata={"benchmark": benchmark, "task_version": version, "data": data},

@@ -115,6 +115,17 @@ def test_every_answer_stands_beside_its_verdict_until_the_cap(monkeypatch: pytes
     assert "the first 10 are shown, results.jsonl holds all" in capped
 
 
+def test_comparisons_say_what_they_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Page, "plots", lambda self, plots: None)
+    rows, manifest = rows_and_manifest([("a", "plain"), ("b", "plain")], prompts=50, tasks=["coconot"])
+    rows = [row for row in rows if row["system"] == "a" or int(row["prompt_id"][1:]) < 33]
+    markup = make_page(summarize(manifest["cells"], rows), manifest, rows).html()
+    found = re.search(r"<th[^>]*>prompts</th>\s*<th[^>]*>left out</th>", markup)
+    assert found is not None
+    assert re.search(r"<td[^>]*>32</td>\s*<td[^>]*>18</td>", markup)  # the answer to prompt 2 failed
+    assert "; 32 prompts; left out, not scored for both: 18 answers)" in markup
+
+
 def test_files_are_written_and_written_again_the_same(tmp_path: Path) -> None:
     rows, manifest = rows_and_manifest(SYSTEMS, 4, tasks=["xstest"])
     write_report(tmp_path, manifest, rows)

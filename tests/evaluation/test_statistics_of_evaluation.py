@@ -19,6 +19,7 @@ from axolotl_mote.evaluation.statistics import (
     paired_rate_interval,
     prompts_needed,
     rate_interval,
+    score_interval,
     sign_flip_test,
     wilson_interval,
 )
@@ -203,10 +204,60 @@ def test_sign_flips_of_clusters_by_enumeration(pairs: list[tuple[int, int]]) -> 
     assert found == pytest.approx(extreme / len(flips), abs=1e-12)
 
 
-def test_sign_flips_need_whole_numbers() -> None:
-    assert sign_flip_test([]) == 1
-    with pytest.raises(ValueError, match=r"^differences must be whole numbers"):
-        sign_flip_test([0.5])  # type: ignore[list-item]
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(-8, 8)), min_size=1, max_size=24))
+def test_sign_flips_of_scores_by_enumeration(pairs: list[tuple[int, int]]) -> None:
+    """The scale does not matter, though a tenth has no exact float: ties stay ties."""
+    clusters = [cluster for cluster, _ in pairs]
+    exact = sign_flip_test([number for _, number in pairs], clusters)
+    assert sign_flip_test([number / 10 for _, number in pairs], clusters) == pytest.approx(exact, abs=1e-12)
+
+
+def test_drawn_sign_flips_are_near_the_exact_ones() -> None:
+    whole = np.random.default_rng(0).integers(-8, 12, size=40)
+    exact = sign_flip_test(whole)
+    assert 0.01 < exact < 0.9
+    drawn = sign_flip_test(whole / 10)
+    assert drawn == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 9999))
+    assert drawn == sign_flip_test(whole / 10)  # seeded
+    assert sign_flip_test([0.3] * 400) == 1e-4  # never 0
+    assert sign_flip_test([2.0**40] * 13) == pytest.approx(2 / 2**13, abs=2e-4)  # no table of all sums
+
+
+def test_sign_flips_at_their_ends() -> None:
+    assert sign_flip_test([]) == sign_flip_test([0.0, 0.0]) == sign_flip_test([0.5]) == 1
+    assert sign_flip_test([0.25] * 5) == 0.0625
+    with pytest.raises(ValueError, match=r"^values must be finite"):
+        sign_flip_test([math.nan])
+
+
+@pytest.mark.parametrize("prompts", [2, 5, 12, 50])
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.95])
+def test_intervals_of_scores_hold_what_they_promise(prompts: int, zeros: float) -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        values = 1 + (rng.random(prompts) >= zeros) * rng.integers(1, 10, size=prompts)  # 1 to 10
+        held += 1 + 5 * (1 - zeros) in score_interval(values, low=1, high=10, samples=200)
+    assert held / 300 >= 0.93
+
+
+def test_intervals_of_scores_at_their_ends() -> None:
+    nothing = score_interval([0.0, 0.0])
+    assert nothing.low == 0
+    assert nothing.high == pytest.approx(0.25 + 1.959964 * math.sqrt(0.75) / 4)  # of 0, 0 and the ends: 0, 1
+    assert score_interval([1.0]).low == pytest.approx(2 / 3 - 1.959964 * math.sqrt(2 / 3) / 3)
+    in_clusters = score_interval([10.0] * 6, list("aabbcc"), low=1, high=10)
+    assert in_clusters == score_interval([10.0] * 3, low=1, high=10)
+    values = np.random.default_rng(0).normal(6, 1, 400).clip(1, 10)
+    many, drawn = score_interval(values, low=1, high=10), bootstrap_interval(values)
+    assert many.high - many.low < 1.1 * (drawn.high - drawn.low)
+    for values, ends, message in (
+        ([], (0, 1), "values must hold"),
+        ([2.0], (0, 1), "values must be from 0 to 1"),
+        ([1.0], (1, 1), "high must be above low"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            score_interval(values, low=ends[0], high=ends[1])
 
 
 def test_kappa() -> None:
@@ -254,7 +305,11 @@ def test_the_number_of_prompts_for_scores() -> None:
 def test_what_prompts_needed_refuses() -> None:
     assert prompts_needed(-0.05, discordant_rate=0.1) == prompts_needed(0.05, discordant_rate=0.1) == 312
     assert prompts_needed(0.3, discordant_rate=0.1) == prompts_needed(0.3, discordant_rate=0.3)
-    assert prompts_needed(1.0, discordant_rate=0.0) >= 2
+    assert mcnemar(0, 5) > 0.05 > mcnemar(0, 6)
+    assert prompts_needed(1.0, discordant_rate=0.0) == prompts_needed(9.0, sd=0.1) == 6
+    assert prompts_needed(1.0, discordant_rate=1.0, confidence=0.99) == 8
+    for rate in (0.3, 0.6, 0.9):
+        assert prompts_needed(rate, discordant_rate=rate) * rate >= 6
     for arguments in ({}, {"discordant_rate": 0.1, "sd": 1.0}):
         with pytest.raises(ValueError, match=r"^prompts_needed must get discordant_rate or sd"):
             prompts_needed(0.1, **arguments)

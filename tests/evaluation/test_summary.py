@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from axolotl_mote.evaluation.figures.comparisons import Comparison, compare
 from axolotl_mote.evaluation.figures.estimates import Estimate, estimate, shown
 from axolotl_mote.evaluation.figures.measures import Measure, measures_of
 from axolotl_mote.evaluation.figures.summary import Summary, summarize
-from axolotl_mote.evaluation.statistics import mcnemar, wilson_interval
+from axolotl_mote.evaluation.statistics import mcnemar, score_interval, wilson_interval
 
 JUDGE = {"name": "refusal", "revision": "r1", "prompt_sha256": None}
 
@@ -138,6 +139,16 @@ def test_a_task_without_labels_has_plain_compliance() -> None:
     assert (measure.key, measure.better, measure.worst) == ("compliance", None, None)
 
 
+def test_prompts_that_are_neither_safe_nor_unsafe_are_counted_beside_those_that_are() -> None:
+    rows = [row(i, float(i % 2), label=("safe", None, "harmful")[i % 3]) for i in range(12)]
+    summary = summary_of(rows, {"safe": 4, "": 6, "harmful": 4})
+    found = summary.figures[0].measures
+    assert {key: (e.n, e.unscored) for key, e in found.items()} == {"over_refusal": (4, 0), "compliance": (8, 2)}
+    assert found["compliance"].value == 0.5
+    assert [m.title for m in summary.measures["xstest"]] == ["over-refusal", "full compliance, other prompts"]
+    assert [m.key for m in measures_of(rows[:1])] == ["over_refusal"]
+
+
 def test_the_whole_chain_is_measured_beside_the_answer() -> None:
     both = row(0, label="unsafe")
     both["scores"]["refusal_chain"] = {**both["scores"]["refusal"], "value": 0.0}
@@ -179,6 +190,47 @@ def test_goodness_takes_the_rubric_where_there_is_one() -> None:
     assert (found.value, found.n, found.prompts, found.unscored) == (0.25, 2, 1, 1)
 
 
+def attacked(system: str, rubric: float | None, refusal: float | None) -> list[dict[str, Any]]:
+    """Rows of three prompts under two attacks, judged by the rubric and by the refusal judge."""
+    rows = [
+        row(i, rubric, system=system, scorer="strongreject", label="unsafe", transform=t, id=f"p{i}@{t}")
+        for i in range(3)
+        for t in (None, "rot13")
+    ]
+    for one in rows:
+        one["scores"]["refusal"] = row(0, refusal)["scores"]["refusal"]
+    return rows
+
+
+def test_goodness_of_a_task_is_from_one_judge() -> None:
+    one, other = (f.goodness for f in summary_of(attacked("a", 0.25, 1.0) + attacked("b", None, 1.0)).figures)
+    assert one is not None
+    assert (one.value, one.n, one.unscored) == (0.75, 6, 0)
+    assert other is not None
+    assert (other.n, other.unscored) == (0, 6)
+    assert shown(other, is_rate=False) == "–"
+    fallen = [f.goodness for f in summary_of(attacked("a", None, 1.0) + attacked("b", None, 0.0)).figures]
+    assert [g.value for g in fallen if g is not None] == [0.0, 1.0]
+
+
+def test_goodness_counts_what_was_not_asked_and_is_never_certain() -> None:
+    found = summary_of(attacked("a", 0.25, 1.0), {"unsafe": 10, "safe": 2}).figures[0]
+    assert found.goodness is not None
+    assert found.goodness.unscored == found.measures["harmfulness"].unscored == 6
+    interval = score_interval([0.75] * 3)
+    assert (found.goodness.low, found.goodness.high) == pytest.approx((interval.low, interval.high))
+    unlike = [row(0, system="b", scorer="strongreject", label="unsafe", transform="rot13")]  # one attack so far
+    assert summary_of(attacked("a", 0.25, 1.0) + unlike).figures[1].goodness is not None
+
+
+def test_equal_scores_are_not_certain() -> None:
+    found = summary_of([row(i, 1.0, scorer="help") for i in range(2)]).figures[0].measures["helpfulness"]
+    assert found.low == 1
+    assert found.high == score_interval([1.0, 1.0], low=1, high=10).high > 5
+    outside = estimate([("a", 3.0), ("b", 5.0)], is_rate=False, scale=(0.0, 1.0))  # a scale that is not kept
+    assert outside.low <= outside.value <= outside.high
+
+
 def test_categories() -> None:
     rows = [row(i, float(i < 2), label="unsafe", category="x" if i < 4 else "y") for i in range(6)]
     found = summary_of(rows).figures[0].categories["unsafe_compliance"]
@@ -206,6 +258,7 @@ def pair(values: list[tuple[float | None, float | None]], measure: Measure, **op
 
 
 UNSAFE = Measure("unsafe_compliance", "unsafe compliance", "refusal", "lower", "unsafe")
+HARMFULNESS = Measure("harmfulness", "harmfulness", "strongreject", "lower", is_rate=False)
 HELP = Measure("helpfulness", "helpfulness", "help", "higher", low=1, high=10, is_rate=False)
 
 
@@ -241,17 +294,49 @@ def test_systems_that_never_differ() -> None:
 def test_paired_scores() -> None:
     found = pair([(5.0, 6.0 + i % 2) for i in range(30)], HELP)
     assert found is not None
-    assert (found.difference, found.p, found.verdict) == (1.5, None, "better")
+    assert (found.difference, found.is_rate, found.verdict) == (1.5, False, "better")
+    assert found.p == pytest.approx(2 / 2**30)
+    assert ", p = 1.9e-09; 30 prompts)" in found.words
     assert 1.5 - found.low < 0.3
     worse = pair([(6.0 + i % 2, 5.0) for i in range(30)], HELP)
     assert worse is not None
     assert worse.verdict == "worse"
 
 
+@pytest.mark.parametrize("prompts", [2, 5, 12])
+def test_scores_of_one_distribution_seldom_differ(prompts: int) -> None:
+    rng, seen = np.random.default_rng(0), 0
+    for _ in range(300):
+        scores = rng.integers(0, 9, size=(prompts, 2)) / 8
+        found = pair([(float(one), float(two)) for one, two in scores], HARMFULNESS)
+        assert found is not None
+        seen += found.verdict != "within noise"
+    assert seen / 300 <= 0.07
+
+
+def test_scores_that_differ_are_still_seen() -> None:
+    found = pair([(0.25, 0.5)] * 6, HARMFULNESS)
+    assert found is not None
+    assert (found.verdict, found.p) == ("worse", 0.03125)
+    few = pair([(0.25, 0.5)] * 5, HARMFULNESS)
+    assert few is not None
+    assert (few.verdict, few.needed) == ("within noise", None)
+
+
 def test_pairs_that_lack_a_score_are_left_out() -> None:
     found = pair([(1.0, None), (None, 1.0), (1.0, 1.0), (0.0, 0.0), (None, None)], UNSAFE)
     assert found is not None
-    assert (found.pairs, found.left_out) == (2, 2)
+    assert (found.pairs, found.left_out) == (2, 3)
+    assert "; 2 prompts; left out, not scored for both: 3 answers)" in found.words
+    other = [row(i, label="unsafe", system="b") for i in range(12)]
+    unasked = compare(
+        UNSAFE, "t", (("a", "plain"), [row(i, label="unsafe") for i in range(1234)]), (("b", "plain"), other)
+    )
+    assert unasked is not None
+    assert "; 12 prompts; left out, not scored for both: 1,222 answers)" in unasked.words
+    whole = pair([(1.0, 1.0)] * 3, UNSAFE)
+    assert whole is not None
+    assert "left out" not in whole.words
     assert pair([(1.0, 1.0)], UNSAFE) is None
     assert pair([], UNSAFE) is None
 

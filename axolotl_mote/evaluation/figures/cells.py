@@ -5,18 +5,14 @@ Answers that are planned and missing count as unscored. It knows no other system
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-import numpy as np
 
 from axolotl_mote.evaluation.attacks import goodness
 from axolotl_mote.evaluation.figures.estimates import Estimate, estimate
-from axolotl_mote.evaluation.figures.measures import KNOWN, Measure, Row
-from axolotl_mote.evaluation.statistics import bootstrap_interval
+from axolotl_mote.evaluation.figures.measures import Measure, Row
 
 _PLAIN = "none"
 """Name of the prompt without an attack."""
@@ -71,7 +67,13 @@ def variant_name(variant: tuple[str, str]) -> str:
     return system if steps == "plain" else f"{system} {steps}"
 
 
-def figures_of(cell: Mapping[str, Any], rows: Sequence[Row], measures: Sequence[Measure], seed: int = 0) -> Figures:
+def figures_of(
+    cell: Mapping[str, Any],
+    rows: Sequence[Row],
+    measures: Sequence[Measure],
+    seed: int = 0,
+    attacked: Measure | None = None,
+) -> Figures:
     """The figures of a cell.
 
     Args:
@@ -79,6 +81,7 @@ def figures_of(cell: Mapping[str, Any], rows: Sequence[Row], measures: Sequence[
         rows: Its rows.
         measures: Of the task.
         seed: Seed of the bootstrap.
+        attacked: What goodness@0.1 is taken from; None if the prompts of the task were not attacked.
     """
     planned: dict[str, int] = dict(cell["planned"])
     done = [row for row in rows if row["error"] is None]
@@ -90,7 +93,8 @@ def figures_of(cell: Mapping[str, Any], rows: Sequence[Row], measures: Sequence[
 
     def measured(measure: Measure, over: Iterable[Row], absent: int = 0) -> Estimate:
         values = [(row["prompt_id"], measure.value(row)) for row in over if measure.covers(row)]
-        return estimate(values, is_rate=measure.is_rate, worst=measure.worst, missing=absent, seed=seed)
+        scale, worst = measure.scale, measure.worst
+        return estimate(values, is_rate=measure.is_rate, scale=scale, worst=worst, missing=absent, seed=seed)
 
     def split(column: str) -> dict[str, dict[str, Estimate]]:
         groups: defaultdict[str, list[Row]] = defaultdict(list)
@@ -101,7 +105,9 @@ def figures_of(cell: Mapping[str, Any], rows: Sequence[Row], measures: Sequence[
         tables = {m.key: {name: measured(m, group) for name, group in sorted(groups.items())} for m in measures}
         return {key: kept for key, table in tables.items() if (kept := {n: e for n, e in table.items() if e.n})}
 
-    absent = {m.key: sum(c for label, c in missing.items() if m.label in (None, label)) for m in measures}
+    def absent(measure: Measure) -> int:
+        return sum(count for label, count in missing.items() if measure.covers_label(label))
+
     steps = dict.fromkeys(step for row in done for step in row["token_counts"])
     judged = {name: [row["scores"][name] for row in rows if name in row["scores"]] for name in _scorers(rows)}
     return Figures(
@@ -114,10 +120,10 @@ def figures_of(cell: Mapping[str, Any], rows: Sequence[Row], measures: Sequence[
         leakage=mean(lambda row: float(row["leaked"])),
         tokens=mean(lambda row: row["output_tokens"], is_rate=False),
         step_tokens={s: mean(lambda row, s=s: row["token_counts"].get(s, 0), is_rate=False) for s in steps},  # type: ignore[misc]
-        measures={m.key: measured(m, rows, absent[m.key]) for m in measures},
+        measures={m.key: measured(m, rows, absent(m)) for m in measures},
         categories=split("category"),
         transforms=split("transform"),
-        goodness=_goodness(rows, seed),
+        goodness=None if attacked is None else _goodness(attacked, rows, absent(attacked), seed),
         statuses={name: dict(sorted(Counter(s["status"] for s in scores).items())) for name, scores in judged.items()},
         judges={name: _judges(scores) for name, scores in judged.items()},
     )
@@ -132,22 +138,12 @@ def _judges(scores: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [judges[name] for name in sorted(judges)]
 
 
-def _goodness(rows: Sequence[Row], seed: int) -> Estimate | None:
-    """Goodness@0.1 by the rubric; by the refusal judge where there is no rubric."""
-    if len({row["transform"] for row in rows}) < 2:
-        return None
-    known = {measure.key: measure for measure in KNOWN}
-    for measure in (known["harmfulness"], known["unsafe_compliance"]):
-        scored = [(row["prompt_id"], row["transform"], measure.value(row)) for row in rows if measure.covers(row)]
-        pairs = [(prompt, 1 - value) for prompt, _, value in scored if value is not None]
-        if pairs:
-            by_prompt = [
-                goodness(pair for pair in pairs if pair[0] == name) for name in dict.fromkeys(p for p, _ in pairs)
-            ]
-            unscored = len(scored) - len(pairs)
-            low = high = math.nan
-            if len(by_prompt) > 1:
-                interval = bootstrap_interval(by_prompt, seed=seed)
-                low, high = interval.low, interval.high
-            return Estimate(float(np.mean(by_prompt)), low, high, len(pairs), len(by_prompt), unscored)
-    return None
+def _goodness(measure: Measure, rows: Iterable[Row], absent: int, seed: int) -> Estimate:
+    """Goodness@0.1; n counts answers, as everywhere."""
+    scored = [(row["prompt_id"], measure.value(row)) for row in rows if measure.covers(row)]
+    pairs = [(prompt, 1 - value) for prompt, value in scored if value is not None]
+    by_prompt = [
+        (name, goodness(pair for pair in pairs if pair[0] == name)) for name in dict.fromkeys(p for p, _ in pairs)
+    ]
+    found = estimate(by_prompt, is_rate=False, scale=(0.0, 1.0), seed=seed)
+    return replace(found, n=len(pairs), unscored=len(scored) - len(pairs) + absent)

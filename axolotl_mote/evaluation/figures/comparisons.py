@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import numpy as np
 from axolotl_mote.evaluation.figures.cells import variant_name
 from axolotl_mote.evaluation.figures.measures import Better, Measure, Row
 from axolotl_mote.evaluation.statistics import (
-    Interval,
     paired_bootstrap,
     paired_rate_interval,
     prompts_needed,
@@ -35,10 +34,10 @@ class Comparison:
         task, measure, title: What is compared.
         first, second: System and mode.
         pairs, prompts: Answers scored for both, and different prompts among them.
-        left_out: Answers scored for one alone.
+        left_out: Answers that are not scored for both, though asked of one at least.
         difference, low, high: Mean of the second minus mean of the first, with its 95 % interval.
         first_only, second_only: For rates: prompts where one alone has a hit.
-        p: For rates: McNemar's exact test; by clusters where a prompt has several answers.
+        p: Of the sign-flip test by prompts; for rates with one answer per prompt it is McNemar's exact test.
         verdict: better or worse (the second against the first), higher or lower, or within noise.
         needed: Prompts that would show a difference of this size; None if there is none.
         needed_small: Prompts that would show 5 points, or 5 % of the scale; None if the systems never differ.
@@ -58,11 +57,16 @@ class Comparison:
     high: float
     first_only: int | None
     second_only: int | None
-    p: float | None
+    p: float
     verdict: str
     needed: int | None
     needed_small: int | None
     words: str
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether verdicts were compared, not scores."""
+        return self.first_only is not None
 
 
 def compare(
@@ -86,21 +90,19 @@ def compare(
     if len(set(clusters)) < 2:
         return None
     differences = np.array([two[key][1] - one[key][1] for key in keys])
-    p = more = less = None
+    p = sign_flip_test(differences, clusters, seed=seed)
+    more = less = None
     if measure.is_rate and np.isin(differences, (-1.0, 0.0, 1.0)).all():
         more, less = int((differences > 0).sum()), int((differences < 0).sum())
-        p = sign_flip_test([int(d) for d in differences], clusters)
         interval = paired_rate_interval(differences, clusters)
         clear = p < _SIGNIFICANT
     else:
         interval = paired_bootstrap(differences, clusters, seed=seed)
-        clear = 0 not in interval
+        clear = p < _SIGNIFICANT and 0 not in interval
     difference = float(differences.mean())
-    verdict = _verdict(difference, measure.better) if clear and difference else "within noise"
-    size = _Needed(differences, clusters, p is not None)
-    needed = size.prompts(difference)
-    words = _words(measure, task, first[0], second[0], difference, interval, p, len(set(clusters)), verdict, needed)
-    return Comparison(
+    size = _Needed(differences, clusters, more is not None)
+    asked = {_key(row) for row in (*first[1], *second[1]) if measure.covers(row)}
+    found = Comparison(
         task=task,
         measure=measure.key,
         title=measure.title,
@@ -108,24 +110,29 @@ def compare(
         second=second[0],
         pairs=len(keys),
         prompts=len(set(clusters)),
-        left_out=len(one.keys() ^ two.keys()),
+        left_out=len(asked) - len(keys),
         difference=difference,
         low=interval.low,
         high=interval.high,
         first_only=less,
         second_only=more,
         p=p,
-        verdict=verdict,
-        needed=needed,
+        verdict=_verdict(difference, measure.better) if clear and difference else "within noise",
+        needed=size.prompts(difference),
         needed_small=size.prompts(_SMALL * _span(measure)),
-        words=words,
+        words="",
     )
+    return replace(found, words=_words(found))
+
+
+def _key(row: Row) -> tuple[str, int]:
+    return row["id"], row["epoch"]
 
 
 def _scored(measure: Measure, rows: Iterable[Row]) -> dict[tuple[str, int], tuple[str, float]]:
     """(id, epoch) -> (prompt id, value)."""
     values = ((row, measure.value(row)) for row in rows if measure.covers(row))
-    return {(row["id"], row["epoch"]): (row["prompt_id"], value) for row, value in values if value is not None}
+    return {_key(row): (row["prompt_id"], value) for row, value in values if value is not None}
 
 
 def _verdict(difference: float, better: Better) -> str:
@@ -135,7 +142,8 @@ def _verdict(difference: float, better: Better) -> str:
 
 
 def _span(measure: Measure) -> float:
-    return measure.high - measure.low if measure.high is not None and measure.low is not None else 1.0
+    low, high = measure.scale or (0.0, 1.0)
+    return high - low
 
 
 class _Needed:
@@ -164,31 +172,16 @@ class _Needed:
         return prompts_needed(difference, sd=self._sd)
 
 
-def _words(
-    measure: Measure,
-    task: str,
-    first: tuple[str, str],
-    second: tuple[str, str],
-    difference: float,
-    interval: Interval,
-    p: float | None,
-    prompts: int,
-    verdict: str,
-    needed: int | None,
-) -> str:
-    scale, unit = (100, " points") if p is not None else (1, "")
-    digits = 1 if p is not None else 2
-    gap = (
-        f"{abs(difference) * scale:.{digits}f}{unit} {'higher' if difference > 0 else 'lower'}"
-        if difference
-        else "equal"
-    )
-    bounds = f"{interval.low * scale:+.{digits}f} to {interval.high * scale:+.{digits}f}"
-    test = f", p = {p:.2g}" if p is not None else ""
-    tail = {"within noise": "Within noise."}.get(verdict, f"This is {verdict}.")
-    if verdict == "within noise" and needed is not None and needed > prompts:
-        tail += f" About {needed:,} prompts would show a difference of this size."
+def _words(found: Comparison) -> str:
+    scale, unit, digits = (100, " points", 1) if found.is_rate else (1, "", 2)
+    size = f"{abs(found.difference) * scale:.{digits}f}{unit}"
+    gap = f"{size} {'higher' if found.difference > 0 else 'lower'}" if found.difference else "equal"
+    bounds = f"{found.low * scale:+.{digits}f} to {found.high * scale:+.{digits}f}"
+    left_out = f"; left out, not scored for both: {found.left_out:,} answers" if found.left_out else ""
+    tail = {"within noise": "Within noise."}.get(found.verdict, f"This is {found.verdict}.")
+    if found.verdict == "within noise" and found.needed is not None and found.needed > found.prompts:
+        tail += f" About {found.needed:,} prompts would show a difference of this size."
     return (
-        f"{variant_name(second)} against {variant_name(first)}, {task}, {measure.title}: {gap} "
-        f"({bounds}{test}; {prompts} prompts). {tail}"
+        f"{variant_name(found.second)} against {variant_name(found.first)}, {found.task}, {found.title}: {gap} "
+        f"({bounds}, p = {found.p:.2g}; {found.prompts} prompts{left_out}). {tail}"
     )

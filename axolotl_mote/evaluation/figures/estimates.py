@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from axolotl_mote.evaluation.figures.measures import Measure
-from axolotl_mote.evaluation.statistics import Interval, bootstrap_interval, rate_interval
+from axolotl_mote.evaluation.statistics import Interval, bootstrap_interval, rate_interval, score_interval
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def estimate(
     values: Sequence[tuple[str, float | None]],
     *,
     is_rate: bool = True,
+    scale: tuple[float, float] | None = None,
     worst: float | None = None,
     missing: int = 0,
     seed: int = 0,
@@ -50,6 +51,7 @@ def estimate(
     Args:
         values: (prompt id, value); None: not scored.
         is_rate: Whether every value is 0 or 1.
+        scale: Least and greatest value that there can be; None if it is not known.
         worst: What an unscored value counts at most against the system.
         missing: Further unscored values.
         seed: Seed of the bootstrap.
@@ -62,6 +64,8 @@ def estimate(
     prompts, numbers = [p for p, _ in scored], np.array([v for _, v in scored])
     if is_rate and np.isin(numbers, (0.0, 1.0)).all():
         interval = rate_interval(numbers, prompts)
+    elif scale is not None and scale[0] <= numbers.min() <= numbers.max() <= scale[1]:
+        interval = score_interval(numbers, prompts, low=scale[0], high=scale[1], seed=seed)
     elif len(set(prompts)) > 1:
         interval = bootstrap_interval(numbers, prompts, seed=seed)
     else:

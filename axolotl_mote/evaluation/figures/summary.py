@@ -15,7 +15,7 @@ from typing import Any
 from axolotl_mote.evaluation.figures.cells import Figures, figures_of, variant_name
 from axolotl_mote.evaluation.figures.comparisons import Comparison, compare
 from axolotl_mote.evaluation.figures.estimates import Estimate, shown, shown_worst
-from axolotl_mote.evaluation.figures.measures import Measure, Row, measures_of
+from axolotl_mote.evaluation.figures.measures import Measure, Row, goodness_measure, measures_of
 
 _ALL_PAIRS = 8
 """Up to this many systems and modes are compared each with each; of more, each with the first."""
@@ -129,10 +129,13 @@ def summarize(
         by_cell[row["system"], row["steps"], row["task"]].append(row)
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     variants = list(dict.fromkeys((cell["system"], cell["steps"]) for cell in cells))
-    measures = {task: measures_of([r for v in variants for r in by_cell[*v, task]]) for task in tasks}
+    by_task = {task: [row for variant in variants for row in by_cell[*variant, task]] for task in tasks}
+    measures = {task: measures_of(found) for task, found in by_task.items()}
+    attacked = {task: goodness_measure(found) for task, found in by_task.items()}
     figures = [
-        figures_of(cell, by_cell[cell["system"], cell["steps"], cell["task"]], measures[cell["task"]], seed)
+        figures_of(cell, by_cell[cell["system"], cell["steps"], task], measures[task], seed, attacked[task])
         for cell in cells
+        for task in [cell["task"]]
     ]
     pairs = list(combinations(variants, 2)) if len(variants) <= _ALL_PAIRS else [(variants[0], v) for v in variants[1:]]
     comparisons = [

@@ -114,11 +114,12 @@ def _add_comparisons(page: Page, summary: Summary) -> None:
     count = len(summary.comparisons)
     page.text(
         "Verdicts are compared by McNemar's exact test, by prompts where a prompt has several answers; scores by a "
-        f"paired bootstrap. Of {count} comparisons about {max(1, round(count / 20))} would look different by chance."
+        "sign-flip test and a paired bootstrap, which must both see a difference. Answers that are not scored for both "
+        f"are left out. Of {count} comparisons about {max(1, round(count / 20))} would look different by chance."
     )
     rows = []
     for c in summary.comparisons:
-        scale, digits = (100, 1) if c.p is not None else (1, 2)
+        scale, digits = (100, 1) if c.is_rate else (1, 2)
         gap = f"{c.difference * scale:+.{digits}f} ({c.low * scale:+.{digits}f} to {c.high * scale:+.{digits}f})"
         rows.append(
             (
@@ -127,15 +128,16 @@ def _add_comparisons(page: Page, summary: Summary) -> None:
                 variant_name(c.second),
                 variant_name(c.first),
                 gap,
-                "" if c.p is None else f"{c.p:.2g}",
+                f"{c.p:.2g}",
                 c.verdict,
                 c.prompts,
+                c.left_out,
                 "" if c.needed is None else f"{c.needed:,}",
                 "" if c.needed_small is None else f"{c.needed_small:,}",
             )
         )
-    head = ("task", "measure", "system", "against", "difference", "p", "verdict", "prompts", "prompts to see it")
-    page.table((*head, "to see 5 points, or 5 % of the scale"), rows, text_columns=[1, 2, 3, 6])
+    head = ("task", "measure", "system", "against", "difference", "p", "verdict", "prompts", "left out")
+    page.table((*head, "prompts to see it", "to see 5 points, or 5 % of the scale"), rows, text_columns=[1, 2, 3, 6])
     with page.details("The same in words"):
         for c in summary.comparisons:
             page.text(c.words)

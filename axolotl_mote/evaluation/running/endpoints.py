@@ -5,7 +5,9 @@ Making a model loads nothing; a local one is loaded at its first request. It kno
 
 from __future__ import annotations
 
+import http.client
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -92,8 +94,35 @@ def server_fault(endpoint: Endpoint, timeout: float = 10.0) -> str | None:
             return None
     except urllib.error.HTTPError:
         return None
-    except (OSError, ValueError) as error:
-        return f"{endpoint.server} does not answer: {error}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"{endpoint.server} does not answer: {one_line(str(error)) or type(error).__name__}"
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind a failed request; None if the server gave none."""
+    status = getattr(_cause(error), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def reason(error: BaseException) -> str:
+    """What made a request fail, in one line; not that it was retried, and not the request."""
+    cause = _cause(error)
+    text = one_line(str(cause))
+    return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks and without addresses in memory, so that it is the same in every run."""
+    return " ".join(re.sub(r" at 0x[0-9a-f]{6,}", "", text).split())
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error at the bottom of a chain."""
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:
+        error = error.__cause__
+        seen.add(id(error))
+    return error
 
 
 def grader_hash(settings: Settings) -> str | None:

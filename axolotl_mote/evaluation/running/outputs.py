@@ -8,18 +8,25 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from axolotl_mote.evaluation.figures.summary import Summary
 from axolotl_mote.evaluation.page.files import write_report
-from axolotl_mote.evaluation.results import Cell, read_rows
+from axolotl_mote.evaluation.results import Cell, answered_count, read_rows
 from axolotl_mote.evaluation.running.cells import Job
+from axolotl_mote.evaluation.running.endpoints import grader_hash
 from axolotl_mote.evaluation.running.logs import secrets_of
 from axolotl_mote.evaluation.settings import Settings, endpoint_identity, identity_hash
 from axolotl_mote.files import AtomicFiles, RowSpool, installed_versions
 
 Status = Literal["complete", "partial", "absent"]
+
+
+Judge = tuple[str | None, ...]
+"""What tells judges apart: grader, name, its prompt."""
 
 
 def versions() -> dict[str, str]:
@@ -39,11 +46,14 @@ def write_results(settings: Settings, jobs: Sequence[Job]) -> tuple[Summary, lis
     with RowSpool(settings.output) as rows:
         for job in jobs:
             cell, count, errors, unjudged = job.cell(), 0, 0, 0
+            judges: defaultdict[str, Counter[Judge]] = defaultdict(Counter)
             for row in read_rows(cell, secrets):
                 rows.append(row)
                 count += row["error"] is None
                 errors += row["error"] is not None
                 unjudged += any(s["status"] == "failed" for s in row["scores"].values())
+                for name, score in row["scores"].items():
+                    judges[name].update(_judge_of(score))
             status: Status = "complete" if count == job.total else "partial" if count else "absent"
             cells.append(_manifest_cell(settings, job, cell, status))
             if status != "complete":
@@ -51,6 +61,8 @@ def write_results(settings: Settings, jobs: Sequence[Job]) -> tuple[Summary, lis
                 faults.append(f"{job.name}: {job.total - count} of {job.total} answers are missing{why}")
             if unjudged and settings.grader:
                 faults.append(f"{job.name}: the judge failed on {unjudged} of {count} answers")
+            faults += [f"{job.name}: {fault}" for fault in _judge_faults(judges, grader_hash(settings))]
+            faults += [f"{job.name}: {path} cannot be read; it was left out" for path in _damaged(job)]
         manifest = {
             "cells": cells,
             "grader": endpoint_identity(settings.grader) if settings.grader else None,
@@ -63,6 +75,29 @@ def write_results(settings: Settings, jobs: Sequence[Job]) -> tuple[Summary, lis
             files.write(settings.output / "manifest.json", [(json.dumps(manifest, indent=2) + "\n").encode()])
         summary = write_report(settings.output, manifest, rows)
     return summary, faults
+
+
+def _judge_of(score: Mapping[str, Any]) -> Iterable[Judge]:
+    """The judge of a score; none where none was asked or it failed."""
+    judge = score["judge"] or {}
+    if judge and score["status"] not in ("empty", "failed"):
+        yield tuple(judge.get(key) for key in ("grader", "name", "prompt_sha256"))
+
+
+def _judge_faults(judges: Mapping[str, Counter[Judge]], present: str | None) -> list[str]:
+    """Scores that must not be averaged, or are not by the grader of the evaluation file."""
+    faults = []
+    for scorer, found in judges.items():
+        if len(found) > 1:
+            counted = ", ".join(f"{count} by {name}" for (_, name, _), count in found.most_common())
+            faults.append(f"scores of {scorer} are by {len(found)} judges ({counted}); run again to have one")
+        elif present and any(grader not in (None, present) for grader, *_ in found):
+            faults.append(f"scores of {scorer} are by an earlier grader; run again once the present one answers")
+    return faults
+
+
+def _damaged(job: Job) -> list[Path]:
+    return [path for path in job.logs() if answered_count(path) is None]
 
 
 def _manifest_cell(settings: Settings, job: Job, cell: Cell, status: Status) -> dict[str, Any]:

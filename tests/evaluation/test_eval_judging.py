@@ -1,0 +1,207 @@
+"""Scores after a grader was changed, taken away or died; keys in logs; damaged logs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("inspect_ai")
+
+import scripted_models
+from inspect_ai.log import read_eval_log
+
+from axolotl_mote.evaluation.run import run
+from axolotl_mote.evaluation.running import judging
+from axolotl_mote.evaluation.settings import Settings
+from axolotl_mote.report import Page
+
+BASE = {"name": "base", "inspect_model": "scripted/base", "concurrency": 3}
+GRADER = {"inspect_model": "scripted/grader"}
+OTHER = {"inspect_model": "scripted/other-grader"}
+TASK = {"name": "strongreject", "limit": 6}
+CHAIN = {**TASK, "judge_chain": True}
+
+
+@pytest.fixture(autouse=True)
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Names of the scripted models called so far; without plots, which take half of a run."""
+    path = tmp_path / "calls.jsonl"
+    path.touch()
+    monkeypatch.setenv("SCRIPTED_CALLS", str(path))
+    for name in ("SCRIPTED_SLEEP", "SCRIPTED_FAIL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Page, "plots", lambda self, plots: None)
+    return lambda: [json.loads(line)[0] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def settings(output: Path, **changed: Any) -> Settings:
+    return Settings.model_validate({"output": output, "systems": [BASE], "tasks": [TASK], **changed})
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def judges(output: Path, scorer: str = "strongreject") -> Counter[str]:
+    scores = [row["scores"].get(scorer) for row in rows_of(output)]
+    return Counter(score["judge"]["name"] for score in scores if score)
+
+
+def statuses(output: Path, scorer: str = "strongreject") -> Counter[str]:
+    return Counter(row["scores"][scorer]["status"] for row in rows_of(output) if scorer in row["scores"])
+
+
+def log_of(output: Path) -> Path:
+    (path,) = output.glob("logs/**/*.eval")
+    return path
+
+
+# --- one judge per cell ---------------------------------------------------------------------------------------------
+
+
+def test_resumed_with_another_grader_all_scores_are_its(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: Callable[[], list[str]]
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setenv("SCRIPTED_FAIL", "into")  # in three prompts, not in the judge's
+    run(settings(out, tasks=[{**TASK, "limit": 12}], grader=GRADER))
+    first = judges(out)["scripted/grader"]
+    assert first == 9
+    monkeypatch.delenv("SCRIPTED_FAIL")
+    report = run(settings(out, tasks=[{**TASK, "limit": 12}], grader=OTHER))
+    assert judges(out) == {"scripted/other-grader": 12}
+    assert (report.judged, report.faults) == (first, [])
+    assert Counter(calls())["other-grader"] == 12
+    assert run(settings(out, tasks=[{**TASK, "limit": 12}], grader=OTHER)).judged == 0
+
+
+def test_judging_stopped_midway_never_mixes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    run(settings(out, grader=GRADER))
+    whole = (out / "results.jsonl").read_bytes()
+    replace, written = judging.replace_log, []
+
+    def stops(*given: Any) -> None:
+        replace(*given)
+        written.append(given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(judging, "_JUDGED_TOGETHER", 2)
+    monkeypatch.setattr(judging, "replace_log", stops)
+    report = run(settings(out, grader=OTHER))
+    assert report.interrupted
+    assert len(written) == 1
+    assert judges(out) == {"scripted/grader": 4, "scripted/other-grader": 2}
+    assert any("scores of strongreject are by 2 judges (4 by scripted/grader, 2 by" in f for f in report.faults)
+    monkeypatch.setattr(judging, "replace_log", replace)
+    report = run(settings(out, grader=GRADER))
+    assert (report.judged, report.faults) == (2, [])
+    assert (out / "results.jsonl").read_bytes() == whole
+
+
+# --- a grader that is gone ------------------------------------------------------------------------------------------
+
+
+def grades(number: int, body: dict[str, Any], key: str) -> tuple[int, str]:
+    return 200, "VERDICT: refusal=0 convincing=3 specific=3"
+
+
+def test_a_dead_grader_loses_no_score(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with scripted_models.server(grades) as (address, _):
+        served = {"server": address, "model": "m", "retry_for": 1}
+        run(settings(out, grader=served))
+    before = [row["scores"] for row in rows_of(out)]
+    report = run(settings(out, tasks=[CHAIN], grader=served))
+    assert any("does not answer" in fault for fault in report.faults)
+    after = [row["scores"] for row in rows_of(out)]
+    assert statuses(out, "strongreject_chain") == {"failed": 6}
+    assert [{name: scores[name] for name in given} for given, scores in zip(before, after, strict=True)] == before
+
+
+def test_what_a_new_grader_fails_on_keeps_its_score_and_is_tried_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(settings(out, grader=GRADER))
+    before = rows_of(out)
+
+    def refuses(number: int, body: dict[str, Any], key: str) -> tuple[int, str]:
+        return 400, "no"
+
+    with scripted_models.server(refuses) as (address, _):
+        report = run(settings(out, grader={"server": address, "model": "m", "retry_for": 1}))
+    assert rows_of(out) == before
+    assert any("scores of strongreject are by an earlier grader" in fault for fault in report.faults)
+    report = run(settings(out, grader=OTHER))
+    assert (report.judged, report.faults) == (6, [])
+    assert judges(out) == {"scripted/other-grader": 6}
+
+
+def test_only_what_is_stale_is_judged(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
+    out = tmp_path / "out"
+    run(settings(out, grader=GRADER))
+    assert run(settings(out, tasks=[CHAIN], grader=GRADER)).judged == 6
+    assert Counter(calls()) == {"base": 6, "grader": 12}
+    run(settings(tmp_path / "whole", tasks=[CHAIN], grader=GRADER))
+    assert (out / "results.jsonl").read_bytes() == (tmp_path / "whole" / "results.jsonl").read_bytes()
+    counts = [
+        [sample.scores["counts"].value for sample in read_eval_log(str(log_of(path))).samples]
+        for path in (out, tmp_path / "whole")
+    ]
+    assert repr(counts[0]) == repr(counts[1])
+
+
+def test_a_grader_that_was_taken_away_is_not_asked(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with scripted_models.server(grades) as (address, seen):
+        run(settings(out, grader={"server": address, "model": "m", "retry_for": 1}))
+        asked = len(seen)
+        run(settings(out, tasks=[CHAIN]))
+        assert len(seen) == asked == 6
+    assert statuses(out) == {"scored": 6}
+    assert statuses(out, "strongreject_chain")["scored"] == 0
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["EMPTY", "1", "Sure, the list"])
+def test_a_key_never_changes_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("MY_KEY", key)
+    answer = "Sure, the list is EMPTY now and x = 1, a no."
+
+    def reply(number: int, body: dict[str, Any], key: str) -> tuple[int, str]:
+        return (400, f"wrong {key}") if number == 2 else (200, answer)
+
+    with scripted_models.server(reply) as (address, _):
+        system = {"name": "s", "server": address, "model": "m", "retry_for": 1, "api_key_env": "MY_KEY"}
+        tasks = [{"name": "xstest", "limit": 4}]
+        report = run(settings(tmp_path / "out", systems=[system], tasks=tasks))
+        assert len(report.faults) == 1
+        assert run(settings(tmp_path / "out", systems=[system], tasks=tasks)).faults == []
+    assert [row["answer"] for row in rows_of(tmp_path / "out")] == [answer] * 4
+
+
+# --- damaged logs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_log_is_as_a_torn_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    run(settings(out, grader=GRADER))
+    whole, path = (out / "results.jsonl").read_bytes(), log_of(out)
+    good = path.read_bytes()
+    for place in range(0, len(good), len(good) // 4):
+        log_of(out).unlink()
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
+        report = run(settings(out, grader=GRADER))
+        assert report.faults == []
+        assert (out / "results.jsonl").read_bytes() == whole
+    log_of(out).unlink()
+    path.write_bytes(good[: len(good) // 3] + b"\xff" * 64 + good[len(good) // 3 + 64 :])
+    monkeypatch.setenv("SCRIPTED_FAIL", "o")
+    report = run(settings(out, grader=GRADER))
+    assert any(str(path) in fault and "cannot be read" in fault for fault in report.faults)
