@@ -1,6 +1,6 @@
 """Two systems, or two modes of one, on the same prompts: by how much they differ, and whether that is more than noise.
 
-Only answers that were scored for both are compared. It knows nothing of prompts that one of the two lacks.
+Only answers that were scored for both are compared. Prompts that one of the two lacks are counted as left out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The answers that a cell lacks, generated and scored by inspect_ai.
 
 A cell that was killed goes on from the log that holds the most answers. A prompt that fails does not stop the others; a
-server that is gone does. It knows nothing of answers that are there but lack a score.
+server that is gone does. Answers that are there but lack a score are left to ``judging``.
 """
 
 from __future__ import annotations
