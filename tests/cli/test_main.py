@@ -82,6 +82,8 @@ def folder(tmp_path_factory):
     (path / "questions.jsonl").write_text('{"prompt": "?"}\n')
     row = {"messages": [{"role": "user", "content": "hi"}], "analysis": "a", "guidance": None, "response": "hello"}
     (path / "chains.jsonl").write_text(json.dumps(row) + "\n")
+    labelled = {"prompt": "Why?", "completion": "Because.", "human_label": "full_compliance"}
+    (path / "labelled.jsonl").write_text(json.dumps(labelled) + "\n")
     return path
 
 
@@ -90,7 +92,10 @@ _WITH_JSON = {
     "generate": ["--adapter", "{0}/adapter", "--input", "{0}/questions.jsonl", "--output", "{1}/out.jsonl"],
     "chat": ["--adapter", "{0}/adapter", "--max-new-tokens", "8"],
     "export": ["--adapter", "{0}/adapter", "--output", "{1}/exported", "--no-verify"],
+    "judge": ["{0}/labelled.jsonl"],
 }
+
+_TESTED_ELSEWHERE = {"eval"}  # tests/evaluation/test_eval_run.py: it needs inspect_ai
 
 _LOUD = """
 import logging, os, warnings
@@ -113,7 +118,7 @@ main()
 def test_every_command_with_json_is_tested():
     commands = {name: main.get_command(None, name) for name in main.list_commands(None)}
     has_json = {name for name, command in commands.items() if any("--json" in p.opts for p in command.params)}
-    assert has_json == set(_WITH_JSON)
+    assert has_json == set(_WITH_JSON) | _TESTED_ELSEWHERE
 
 
 def piped(*args: str | Path, text: str = "hello\n") -> subprocess.CompletedProcess[str]:
