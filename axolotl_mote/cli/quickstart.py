@@ -60,6 +60,8 @@ def prepare_model(dest: Path) -> bool:
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = 8192
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    model.hf_quantizer = None  # transformers 5.24 refuses to save what came quantized, although it is dequantized here
+    vars(model.config).pop("quantization_config", None)
     try:
         with folder_in_one_rename(dest) as staging:
             model.save_pretrained(staging)
