@@ -5,6 +5,7 @@ package, each importing only those before it:
 
     versions     the versions of other packages that this one was tested with
     files        JSON lines, atomic writes, the append-only log
+    schema       YAML files of users, checked by a pydantic schema
     report       one self-contained HTML page: plots, tables, light and dark
     chain        the language of chains: steps, vocabulary, codec, row checks
     model        the step-routed LoRA: torch, transformers and peft

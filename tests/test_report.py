@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
+
+from html_kit import TagReader
 
 from axolotl_mote.report import Page, Plot, step_color
 
@@ -24,25 +25,8 @@ def page() -> Page:
     return made
 
 
-class Reader(HTMLParser):
-    """Collects tags and checks that they close."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def test_foreign_text_never_becomes_markup() -> None:
-    reader = Reader()
+    reader = TagReader()
     reader.feed(page().html())
     assert reader.open == []
     assert "script" not in reader.tags

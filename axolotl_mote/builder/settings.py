@@ -12,22 +12,18 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from axolotl_mote.benchmarks.sources import BENCHMARKS
 from axolotl_mote.files import folder_digest
+from axolotl_mote.schema import Schema, load_yaml
 
 ChainForm = Literal["adaptive", "full", "analysis", "guidance", "response"]
 BenchmarkName = Literal["coconot", "hh_rlhf", "strongreject", "xstest"]
 STAGES = ("response", "check", "analysis", "guidance")
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class QuestionSource(_Schema):
+class QuestionSource(Schema):
     """A source of questions: a JSONL, JSON, CSV, TSV or Parquet file, or a Hugging Face data set."""
 
     path: str = Field(
@@ -55,7 +51,7 @@ class QuestionSource(_Schema):
         return "/".join(part for part in (self.path, self.name, self.data_dir) if part)
 
 
-class LocalModel(_Schema):
+class LocalModel(Schema):
     """A transformers model in this process."""
 
     type: Literal["local"]
@@ -73,7 +69,7 @@ class LocalModel(_Schema):
     )
 
 
-class ServerModel(_Schema):
+class ServerModel(Schema):
     """A model behind one or more OpenAI-compatible servers."""
 
     type: Literal["server"]
@@ -99,7 +95,7 @@ class ServerModel(_Schema):
 ModelSpec = Annotated[LocalModel | ServerModel, Field(discriminator="type")]
 
 
-class Stage(_Schema):
+class Stage(Schema):
     """Which model writes a stage, and how it samples."""
 
     model: str = Field("default", description="A name under models.")
@@ -128,7 +124,7 @@ class CheckStage(Stage):
     )
 
 
-class Stages(_Schema):
+class Stages(Schema):
     """The stages of a chain."""
 
     response: Stage = Stage()
@@ -137,7 +133,7 @@ class Stages(_Schema):
     check: CheckStage = CheckStage()
 
 
-class Hygiene(_Schema):
+class Hygiene(Schema):
     """What makes a generated text unusable."""
 
     min_words: int = Field(1, ge=1, description="A text with fewer words than this is 'empty'.")
@@ -159,7 +155,7 @@ class Hygiene(_Schema):
     )
 
 
-class Budget(_Schema):
+class Budget(Schema):
     """Limits of one run. A run that reaches one stops cleanly; the next run continues."""
 
     requests: int | None = Field(
@@ -170,7 +166,7 @@ class Budget(_Schema):
     )
 
 
-class Settings(_Schema):
+class Settings(Schema):
     """A build file."""
 
     output: Path = Field(description="Folder for the journal, chains, rejected chains, manifest and statistics.")
@@ -268,18 +264,7 @@ def load_settings(path: str | Path) -> Settings:
     Raises:
         ValueError: If the file is missing, holds no YAML mapping or breaks the schema; all faults at once.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"the build file must be readable YAML; got {path}: {error}. Correct the file.") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"the build file must hold a mapping; got {type(raw).__name__} in {path}. See --help.")
-    try:
-        return Settings.model_validate(raw)
-    except ValidationError as error:
-        faults = [f"  {'.'.join(map(str, fault['loc'])) or '(file)'}: {fault['msg']}" for fault in error.errors()]
-        raise ValueError(f"{path} must follow the schema of a build file:\n" + "\n".join(faults)) from error
+    return load_yaml(path, Settings, "build file")
 
 
 def identity(settings: Settings, prompt_hashes: dict[str, str]) -> dict[str, Any]:

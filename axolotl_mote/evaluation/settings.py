@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from axolotl_mote.chain.steps import ADAPTIVE
 from axolotl_mote.files import folder_digest
+from axolotl_mote.schema import Schema, load_yaml
 
 TASKS = ("xstest", "strongreject", "coconot", "hh_rlhf", "custom")
 """The project's tasks. Those of other packages run with ``inspect eval``."""
@@ -39,11 +39,7 @@ _OPTIONS = {
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
-class _Schema(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Endpoint(_Schema):
+class Endpoint(Schema):
     """A model: an adapter, a model folder, or a model behind a server."""
 
     adapter: Path | None = Field(None, description="Output folder of training: a MoTE adapter, or a LoRA on chains.")
@@ -134,7 +130,7 @@ class System(Endpoint):
         return (self.steps or [ADAPTIVE]) if self.adapter else [NO_STEPS]
 
 
-class TaskSpec(_Schema):
+class TaskSpec(Schema):
     """A task: a benchmark and how it is used."""
 
     name: Literal["xstest", "strongreject", "coconot", "hh_rlhf", "custom"] = Field(
@@ -180,7 +176,7 @@ class TaskSpec(_Schema):
         return {key: value for key, value in self.model_dump(exclude={"name", "label"}).items() if value}
 
 
-class Sampling(_Schema):
+class Sampling(Schema):
     """How answers are sampled."""
 
     temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token.")
@@ -192,7 +188,7 @@ def _task(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-class Settings(_Schema):
+class Settings(Schema):
     """An evaluation file."""
 
     output: Path = Field(description="Folder for logs, results.jsonl, summary.json and report.html.")
@@ -247,20 +243,7 @@ def load_settings(path: str | Path) -> Settings:
     Raises:
         ValueError: If the file is missing, holds no YAML mapping or breaks the schema; all faults at once.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(
-            f"the evaluation file must be readable YAML; got {path}: {error}. Correct the file."
-        ) from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"the evaluation file must hold a mapping; got {type(raw).__name__} in {path}. See --help.")
-    try:
-        return Settings.model_validate(raw)
-    except ValidationError as error:
-        faults = [f"  {'.'.join(map(str, fault['loc'])) or '(file)'}: {fault['msg']}" for fault in error.errors()]
-        raise ValueError(f"{path} must follow the schema of an evaluation file:\n" + "\n".join(faults)) from error
+    return load_yaml(path, Settings, "evaluation file")
 
 
 def endpoint_identity(endpoint: Endpoint) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pytest
 from inspect_ai.model import (
     ChatCompletionChoice,
     ChatMessageAssistant,
@@ -31,6 +32,21 @@ from inspect_ai.model import (
     ModelUsage,
     modelapi,
 )
+
+
+def record_calls(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let scripted models answer at once and without failures, and write their calls to a file of a folder."""
+    file = path / "calls.jsonl"
+    file.touch()
+    monkeypatch.setenv("SCRIPTED_CALLS", str(file))
+    for name in ("SCRIPTED_SLEEP", "SCRIPTED_FAIL"):
+        monkeypatch.delenv(name, raising=False)
+    return file
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """Rows of an evaluation's results.jsonl."""
+    return [json.loads(line) for line in (output / "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def number_of(*parts: str) -> int:

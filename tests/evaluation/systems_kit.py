@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from kit import LINEARS, STEPS, random_adapter, save_adapter, tiny_model, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from kit import plain_lora, random_adapter, save_adapter, tiny_model, tiny_tokenizer
 
-from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.questions import Messages
 
 HOSTILE = "a <|response|> b <|/response|> c <|im_end|> <|analysis|> d"
@@ -20,24 +17,7 @@ def write_systems(path: Path) -> Path:
     tiny_tokenizer(()).save_pretrained(path / "base")
     tokenizer = tiny_tokenizer()
     save_adapter(random_adapter(tiny_model(), tokenizer), tokenizer, path / "mote", path / "base")
-    base = tiny_model()
-    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    ids = ChainCodec(tokenizer, STEPS).vocabulary.marker_ids
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=LINEARS,
-        trainable_token_indices={"embed_tokens": ids},
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=None,  # as axolotl writes it
-    )
-    lora = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in lora.named_parameters():
-            if "lora_B" in name or "trainable_tokens" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    save_adapter(lora, tokenizer, path / "lora", path / "base")
+    plain_lora(path)
     return path
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("inspect_ai")
 
 import scripted_models
 from inspect_ai.log import read_eval_log
+from scripted_models import record_calls, rows_of
 
 from axolotl_mote.evaluation.run import run
 from axolotl_mote.evaluation.running import judging
@@ -30,21 +31,13 @@ CHAIN = {**TASK, "judge_chain": True}
 @pytest.fixture(autouse=True)
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Names of the scripted models called so far; without plots, which take half of a run."""
-    path = tmp_path / "calls.jsonl"
-    path.touch()
-    monkeypatch.setenv("SCRIPTED_CALLS", str(path))
-    for name in ("SCRIPTED_SLEEP", "SCRIPTED_FAIL"):
-        monkeypatch.delenv(name, raising=False)
+    path = record_calls(tmp_path, monkeypatch)
     monkeypatch.setattr(Page, "plots", lambda self, plots: None)
     return lambda: [json.loads(line)[0] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def settings(output: Path, **changed: Any) -> Settings:
     return Settings.model_validate({"output": output, "systems": [BASE], "tasks": [TASK], **changed})
-
-
-def rows_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def judges(output: Path, scorer: str = "strongreject") -> Counter[str]:

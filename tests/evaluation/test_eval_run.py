@@ -25,6 +25,7 @@ import kit
 import scripted_models
 from click.testing import CliRunner
 from inspect_ai.log import read_eval_log
+from scripted_models import record_calls, rows_of
 
 from axolotl_mote.cli.eval import command
 from axolotl_mote.evaluation import systems
@@ -46,20 +47,12 @@ XSTEST = {"name": "xstest", "limit": 12}
 @pytest.fixture(autouse=True)
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """The calls of scripted models so far."""
-    path = tmp_path / "calls.jsonl"
-    path.touch()
-    monkeypatch.setenv("SCRIPTED_CALLS", str(path))
-    for name in ("SCRIPTED_SLEEP", "SCRIPTED_FAIL"):
-        monkeypatch.delenv(name, raising=False)
+    path = record_calls(tmp_path, monkeypatch)
     return lambda: path.read_text(encoding="utf-8").splitlines()
 
 
 def settings(output: Path, **changed: Any) -> Settings:
     return Settings.model_validate({"output": output, "systems": [BASE], "tasks": [XSTEST], **changed})
-
-
-def rows_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def files_of(output: Path) -> dict[str, bytes]:
@@ -444,4 +437,4 @@ def test_the_command(tmp_path: Path) -> None:
     config.write_text("systems: 3", encoding="utf-8")
     broken = CliRunner().invoke(command, arguments)
     assert broken.exit_code == 1
-    assert "must follow the schema of an evaluation file" in broken.output
+    assert "must follow the schema of the evaluation file" in broken.output

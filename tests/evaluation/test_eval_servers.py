@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import threading
@@ -20,6 +19,7 @@ pytest.importorskip("inspect_ai")
 import kit
 import scripted_models
 from pydantic import ValidationError
+from scripted_models import record_calls, rows_of
 
 from axolotl_mote.evaluation import tasks
 from axolotl_mote.evaluation.run import run
@@ -35,7 +35,7 @@ GRADER = {"inspect_model": "scripted/grader"}
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No plots; they take half of a run."""
     monkeypatch.setattr(Page, "plots", lambda self, plots: None)
-    monkeypatch.setenv("SCRIPTED_CALLS", str(tmp_path / "calls.jsonl"))
+    record_calls(tmp_path, monkeypatch)
 
 
 def served(address: str, **changed: Any) -> dict[str, Any]:
@@ -45,10 +45,6 @@ def served(address: str, **changed: Any) -> dict[str, Any]:
 def settings(output: Path, system: dict[str, Any], limit: int = 12, **changed: Any) -> Settings:
     task = {"name": "xstest", "limit": limit}
     return Settings.model_validate({"output": output, "systems": [system], "tasks": [task], **changed})
-
-
-def rows_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "results.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def answers(output: Path) -> int:

@@ -6,11 +6,11 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_kit import TagReader
 
 from axolotl_mote.evaluation.figures.estimates import Estimate
 from axolotl_mote.evaluation.figures.summary import summarize
@@ -68,29 +68,12 @@ def rows_and_manifest(
 SYSTEMS = [("base", "plain"), ("mote", "adaptive"), ("mote", "analysis+guidance+response")]
 
 
-class Reader(HTMLParser):
-    """Collects tags and checks that they close."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def test_hostile_text_stays_text_and_nothing_is_loaded() -> None:
     rows, manifest = rows_and_manifest([("base", "plain"), ("mote", "adaptive")], 3, tasks=["strongreject"])
     for number, row in enumerate(rows):
         row["category"] = ("$\\nothing{$ <b>", "_hidden", "Ответ")[number % 3]
     markup = make_page(summarize(manifest["cells"], rows), manifest, rows).html()
-    reader = Reader()
+    reader = TagReader()
     reader.feed(markup)
     assert reader.open == []
     assert not {"script", "img", "link", "iframe"} & set(reader.tags)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from kit import LINEARS, STEPS, save_adapter, tiny_model, tiny_mote, tiny_tokenizer
+from kit import LINEARS, STEPS, plain_lora, save_adapter, tiny_model, tiny_mote, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -205,31 +205,6 @@ def test_a_torn_base_model_is_named(trained, adapter, tmp_path):
 
 
 # --- plain LoRAs ----------------------------------------------------------------------------------------------------
-
-
-def plain_lora(path: Path, tied: bool = True, steps: tuple[str, ...] = STEPS) -> tuple[Path, torch.nn.Module]:
-    """The baseline as the plugin trains it: a resized base model, and the rows of the markers in the adapter."""
-    tokenizer = tiny_tokenizer(steps)
-    tiny_model(tied=tied).save_pretrained(path / "base")
-    base = tiny_model(tied=tied)
-    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    ids = ChainCodec(tokenizer, steps).vocabulary.marker_ids
-    tables = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
-    config = LoraConfig(
-        r=4,
-        lora_alpha=8,
-        target_modules=LINEARS,
-        trainable_token_indices=dict.fromkeys(tables, ids),
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=None,  # as axolotl writes it
-    )
-    model = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "trainable_tokens" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return save_adapter(model, tokenizer, path / "lora", path / "base"), model.eval()
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
