@@ -155,6 +155,8 @@ class MarkerHead(_MarkerLayer):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits, (..., D) -> (..., max(V, last marker id + 1)); ids without a row anywhere get minus infinity."""
+        # The last position of a prompt is a strided view; on the CPU torch would copy the weights for each of its rows.
+        hidden = hidden.contiguous()
         logits: Tensor = self.base_layer(hidden)
         adapter = self.enabled_adapter
         return logits if adapter is None else self._join(logits, self._rows(adapter)(hidden, as_head=True), adapter)

@@ -55,7 +55,8 @@ MAX_NEW_TOKENS = 96
 HELDOUT_LOSS = 80
 """Rows whose loss is measured."""
 RECORD = "trained.json"
-TUNING_PER_LEVEL = 25
+PER_LEVEL = 100
+"""Questions of each level in the adaptive mode."""
 JUDGED = 50
 """Prompts of each kind that the refusal judge sees: answers to them are long."""
 PACKAGES = ("torch", "transformers", "peft", "axolotl")
@@ -121,10 +122,12 @@ class Job:
             return lookup.train_rows(self.sizes.train, 1000 + self.seed), lookup.tuning_rows()[:HELDOUT_LOSS]
         return lookup.train_rows(self.sizes.train, self.seed), lookup.test_rows()[:HELDOUT_LOSS]
 
-    def asked(self) -> list[dict[str, Any]]:
-        """Rows that are answered."""
-        pool = lookup.tuning_rows() if self.data == "tuning" else lookup.test_rows()
-        return [row for level in lookup.LEVELS for row in [r for r in pool if r["level"] == level][: self.per_level]]
+    def asked(self, steps: Any) -> list[dict[str, Any]]:
+        """Rows that are answered in a mode: half as many in a fixed mode as in the adaptive one, which is compared."""
+        count = self.per_level if steps == ADAPTIVE else max(1, self.per_level // 2)
+        return [
+            row for level in lookup.LEVELS for row in [r for r in lookup.test_rows() if r["level"] == level][:count]
+        ]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -279,6 +282,8 @@ class System:
             from axolotl_mote.generation.loading import load_mote
 
             self.model, self.tokenizer = load_mote(folders[0], **options)
+        # As MoTE's head does: a strided view would cost a copy of the weights for each row of a batch.
+        self.model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
 
     @property
     def modes(self) -> dict[str, Any]:
@@ -302,16 +307,16 @@ class System:
 
 
 def answers(job: Job) -> dict[str, dict[str, Any]]:
-    """Cells by mode and level; on the safety chains counts by mode, kind of prompt and verdict."""
-    if job.row.answers == "none":
+    """Cells by mode and level; on the safety chains counts by mode, kind of prompt and verdict; none when tuning."""
+    if job.row.answers == "none" or job.data == "tuning":
         return {}
     if job.row.answers == "base":
         return prompted(job)
     system, found = System(job), {}
     if job.data == "safety":
         return {mode: judged(job, system, steps) for mode, steps in system.modes.items()}
-    asked = job.asked()
     for mode, steps in system.modes.items():
+        asked = job.asked(steps)
         cells = lookup.score(asked, system.answer([row["messages"] for row in asked], steps))
         found[mode] = {
             level: {"right": c.right, "n": c.n, "tokens": round(c.tokens, 2), "finished": c.finished}
@@ -424,28 +429,41 @@ def jobs(options: argparse.Namespace, rates: dict[str, float] | None = None) -> 
 
 
 def tuning_jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """The jobs that compare learning rates; none for a trial of a few steps, and none for the safety chains."""
+    """The jobs that compare learning rates; none for a trial of a few steps, and none for the safety chains.
+
+    The lowest rate is left out where the highest turned out better than the first.
+    """
     if options.steps or options.data != "lookup":
         return
     kinds = {ROWS[name].kind for name in options.rows} & TUNED.keys()
     for rate in RATES:
         for kind in TUNED:
-            if kind in kinds:
-                sizes = sizes_of(options, {kind: rate})
-                yield Job(TUNED[kind], 0, "tuning", sizes, TUNING_PER_LEVEL, options.batch, options.model)
+            if kind in kinds and not (rate == min(RATES) and tuned_rate(options, kind) == max(RATES)):
+                yield tuning_job(options, kind, rate)
+
+
+def tuning_job(options: argparse.Namespace, kind: str, rate: float) -> Job:
+    """Training with one learning rate; nothing is answered."""
+    return Job(TUNED[kind], 0, "tuning", sizes_of(options, {kind: rate}), 0, 0, options.model)
+
+
+def tuned_rate(options: argparse.Namespace, kind: str) -> float | None:
+    """The rate of least held-out loss of a kind, of all that are in the results file."""
+    lines = finished(options.results)
+    losses = {}
+    for rate in RATES:
+        job = tuning_job(options, kind, rate)
+        if (line := lines.get((job.name, job.settings))) is not None:
+            losses[rate] = line["trainings"][0]["heldout"][-1]["all"]
+    return min(losses, key=losses.__getitem__) if losses else None
 
 
 def tuned_rates(options: argparse.Namespace) -> dict[str, float]:
-    """The rate of least held-out loss by kind, of all that are in the results file."""
-    lines = finished(options.results)
-    best: dict[str, tuple[float, float]] = {}
-    for job in tuning_jobs(options):
-        line = lines.get((job.name, job.settings))
-        if line is not None:
-            kind = job.row.kind
-            found = (line["trainings"][0]["heldout"][-1]["all"], job.sizes.learning_rates[kind])
-            best[kind] = min(found, best.get(kind, found))
-    return {kind: rate for kind, (_, rate) in best.items()}
+    """``tuned_rate`` of every kind that has one."""
+    if options.steps or options.data != "lookup":
+        return {}
+    found = {kind: tuned_rate(options, kind) for kind in TUNED}
+    return {kind: rate for kind, rate in found.items() if rate is not None}
 
 
 def _names(text: str) -> list[str]:
@@ -466,8 +484,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", choices=["lookup", "safety"], default="lookup")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--steps", type=int, help="optimizer steps instead of the full run, to try a row")
-    parser.add_argument("--per-level", type=int, default=lookup.PER_LEVEL, help="questions per level and mode")
-    parser.add_argument("--batch", type=int, default=200, help="questions answered together")
+    parser.add_argument("--per-level", type=int, default=PER_LEVEL, help="questions of a level, half in fixed modes")
+    parser.add_argument("--batch", type=int, default=PER_LEVEL // 2, help="questions answered together")
     parser.add_argument("--model", default=table.MODEL, help="base model")
     parser.add_argument("--keep", action="store_true", help="keep adapters and logs below outputs/ablations")
     options = parser.parse_args(argv)

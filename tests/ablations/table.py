@@ -77,7 +77,7 @@ def accuracy_table(rows: dict[str, list[Line]], mode: str) -> str:
     for name, lines in rows.items():
         if not cells(lines, mode, next(iter(LEVELS))):
             continue
-        line = [f"`{name}`", str(len(lines))]
+        line = [f"`{name}`", str(len(lines)), str(sum(n for _, n in cells(lines, mode, next(iter(LEVELS)))))]
         for level in LEVELS:
             found = cells(lines, mode, level)
             bounds = interval(found)
@@ -86,7 +86,7 @@ def accuracy_table(rows: dict[str, list[Line]], mode: str) -> str:
                 f"{100 * rate:.1f} ({100 * bounds.low:.0f}–{100 * bounds.high:.0f}), {tokens(lines, mode, level):.0f}"
             )
         body.append(line)
-    return markdown(["row", "seeds", *LEVELS], body)
+    return markdown(["row", "seeds", "answers", *LEVELS], body)
 
 
 def loss_table(rows: dict[str, list[Line]]) -> str:

@@ -157,8 +157,8 @@ def test_tuning_reads_no_test_row() -> None:
     tests = {lookup.key(row) for row in lookup.test_rows()}
     for job in run.tuning_jobs(run.parse(["--rows", "mote"])):
         train, heldout = job.rows()
-        assert not tests & {lookup.key(row) for row in [*train, *heldout, *job.asked()]}
-        assert not {lookup.key(row) for row in train} & {lookup.key(row) for row in [*heldout, *job.asked()]}
+        assert not tests & {lookup.key(row) for row in [*train, *heldout, *job.asked("adaptive")]}
+        assert not {lookup.key(row) for row in train} & {lookup.key(row) for row in [*heldout, *job.asked("adaptive")]}
 
 
 def test_appending_waits_for_another_run(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_unknown_rows_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_row_sees_the_same_rows() -> None:
     jobs = list(run.jobs(run.parse(["--rows", "main", "--seeds", "0"])))
-    assert all(job.rows() == jobs[0].rows() and job.asked() == jobs[0].asked() for job in jobs)
+    assert all(job.rows() == jobs[0].rows() and job.asked("adaptive") == jobs[0].asked("adaptive") for job in jobs)
     assert len({job.settings for job in jobs}) == len(jobs) == 7
 
 
@@ -222,11 +222,11 @@ def test_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         run.append(results, one)
     assert table.main([str(results), "--svg", str(picture)]) == 0
     page = capsys.readouterr().out
-    assert "| `mote` | 2 | 80.0 (" in page
+    assert "| `mote` | 2 | 400 | 80.0 (" in page
     assert "seed 0: lora-r / mote" in page
     assert "| kind | 0.008 |\n| --- | ---: |\n| mote | 1.0000 |" in page
     widths = [len(re.findall(r"(?<!\\)\|", text)) for text in page.splitlines() if text.startswith("|")]
-    assert set(widths) == {3, 7, 8}
+    assert set(widths) == {3, 8}
     root = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
     assert root.tag.endswith("svg")
     assert "one_sum" in picture.read_text(encoding="utf-8")

@@ -237,6 +237,17 @@ def test_training_draws_one_step_for_the_question_and_evaluation_takes_the_mean(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_the_last_position_of_a_prompt_copies_no_weights(family: str) -> None:
+    model = mote(family).eval()
+    given = []
+    model.get_output_embeddings().base_layer.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        model(torch.tensor([chain(), chain(seed=1)]), logits_to_keep=1)
+    assert [hidden.shape[:2] for hidden in given] == [(2, 1)]
+    assert given[0].is_contiguous()  # of a strided view F.linear makes a batch of products, each with its own weights
+
+
 @pytest.mark.parametrize(("family", "sets"), [("llama", 2), ("llama_tied", 1)])
 def test_marker_rows_start_as_the_mean_of_their_words(family: str, sets: int) -> None:
     words = [[3], [4, 5], [6], [7], [8], [9, 9, 3]]
