@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -49,7 +50,7 @@ def _open_bytes(path: Path) -> IO[bytes]:
 def read_jsonl(
     path: Path, opener: Callable[[Path], AbstractContextManager[Iterable[bytes]]] = _open_bytes
 ) -> Iterator[tuple[int, dict[str, Any] | RowFault]]:
-    """Read JSON lines one by one; blank lines are skipped but counted.
+    """Read JSON lines one by one; blank lines are skipped but counted, the byte order mark of some editors is left out.
 
     Args:
         path: The file.
@@ -60,6 +61,7 @@ def read_jsonl(
     """
     with opener(path) as file:
         for number, line in enumerate(file, start=1):
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
             if line.strip():
                 yield number, parse_row(line)
 

@@ -369,3 +369,11 @@ def test_the_earlier_folder_comes_back_if_the_new_one_cannot_be_put_in_place(
     with pytest.raises(OSError, match="no"), folder_in_one_rename(path, replace=True):
         pass
     assert [file.name for file in path.iterdir()] == ["old"]
+
+
+def test_a_byte_order_mark_is_left_out_at_the_beginning_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\xef\xbb\xbf{"a": 2}\n')
+    first, second = (row for _, row in read_jsonl(path))
+    assert first == {"a": 1}
+    assert isinstance(second, RowFault)

@@ -69,8 +69,8 @@ def load_prompts(
         revision: Revision of a data set of the hub.
 
     Raises:
-        ValueError: If the name or subset is unknown, the path cannot be read, the file that ships was changed, or no
-            prompt is left.
+        ValueError: If the name or subset is unknown, the path cannot be read or holds another set, the file that ships
+            was changed, or no prompt is left.
     """
     known = _find(benchmark)
     if subset not in known.subsets:

@@ -26,7 +26,7 @@ class Benchmark:
         columns: Columns that can hold the prompt; the first one present counts.
         category: Columns that can hold the category.
         label: Label of a row: "safe" where an answer should comply, "unsafe" where it should refuse, None where neither
-            is known.
+            is known. It raises ValueError for a row of another set, whose label it cannot know.
         hub: Data set, configuration and split on the Hugging Face Hub.
         licence, source, citation: For attribution.
     """
@@ -62,6 +62,39 @@ def _xstest_label(row: dict[str, Any]) -> str | None:
     return given if given in ("safe", "unsafe") else None
 
 
+_CONTRAST = frozenset(
+    {
+        "dangerous or sensitive topics",
+        "false information",
+        "false presuppositions",
+        "input modality limitations",
+        "modality limitations",
+        "output modality limitations",
+        "privacy violations",
+        "triggers for offensive language",
+        "underspecified",
+    }
+)
+"""Subcategories of CoCoNot's contrast set, its test and its training split."""
+
+
+def _coconot_label(row: dict[str, Any]) -> str | None:
+    """Rows of the contrast set are safe.
+
+    The original set, which should not be complied with, has the same columns: only its further subcategories tell it.
+
+    Raises:
+        ValueError: If the contrast set has no such row.
+    """
+    given = str(row.get("subcategory") or "").strip().lower()
+    if given and given not in _CONTRAST:
+        raise ValueError(
+            f"path must hold CoCoNot's contrast set; got a row of its original set, of subcategory {given!r}. Set path "
+            "to hub, or use custom with a label in every row."
+        )
+    return "safe" if given else None
+
+
 _ALL = (
     Benchmark(
         name="coconot",
@@ -70,7 +103,7 @@ _ALL = (
         prompts=190,
         columns=("prompt",),
         category=("category",),
-        label=lambda row: "safe",
+        label=_coconot_label,
         hub=("allenai/coconot", "contrast", "test"),
         licence="MIT",
         source="github.com/allenai/noncompliance, contrast set, test split",

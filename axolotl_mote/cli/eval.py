@@ -45,7 +45,8 @@ def command(
     Exit status:
       0    finished
       1    error
-      3    answers or scores are missing because a server or a prompt failed: run it again
+      3    answers or scores are missing because a server or a prompt failed: run it again;
+           also with --report-only, which says what the last run lacked
       130  interrupted by Ctrl-C: run it again
     """
     if dry_run and report_only:
@@ -83,31 +84,31 @@ def _dry_run(settings: Any, write_json: Any) -> int:
 
 def _evaluate(settings: Any, report_only: bool, write_json: Any) -> int:
     """The work of the command; returns the exit status."""
-    faults: Sequence[str] = ()
-    status = 0
     if report_only:
         from axolotl_mote.evaluation.page.files import read_report
 
-        summary = read_report(settings.output)
+        summary, interrupted = read_report(settings.output), False
     else:
         from axolotl_mote.evaluation.run import run
 
         shows = write_json is None and sys.stdout.isatty()
         report = run(settings, tell=lambda line: click.echo(line, err=True), display="rich" if shows else "none")
-        summary, faults = report.summary, report.faults
-        status = 130 if report.interrupted else 3 if faults else 0
+        summary, interrupted = report.summary, report.interrupted
+    status = 130 if interrupted else 3 if summary.missing else 0
     if write_json is not None:
-        write_json({**summary.as_dict(), "missing": list(faults)})
+        write_json(summary.as_dict())
         return status
     from rich.console import Console
 
     console = Console(markup=False)
     print_summary(summary, console)
-    for fault in faults:
+    for fault in summary.missing:
         console.print(f"Missing: {fault}", soft_wrap=True)
-    console.print(f"Written to {settings.output}: results.jsonl, summary.json, report.html", soft_wrap=True)
+    files = "summary.json, report.html" if report_only else "results.jsonl, summary.json, report.html"
+    console.print(f"Written to {settings.output}: {files}", soft_wrap=True)
     if status:
-        console.print("Run the same command again to continue.")
+        again = "Run it without --report-only" if report_only else "Run the same command again"
+        console.print(f"{again} to continue.")
     return status
 
 
@@ -115,7 +116,7 @@ def _evaluate(settings: Any, report_only: bool, write_json: Any) -> int:
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Print a table for every task, and the comparisons in words."""
+    """Print a table for every task, and the comparisons in words, those too that cannot be made."""
     from rich.table import Table
 
     from axolotl_mote.evaluation.figures.summary import FIGURE_COLUMNS
@@ -131,6 +132,8 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(table)
     for comparison in summary.comparisons:
         console.print(comparison.words, soft_wrap=True)
+    for words in summary.not_compared:
+        console.print(words, soft_wrap=True)
 
 
 def _print_costs(costs: Sequence[Cost], console: Console) -> None:

@@ -8,6 +8,7 @@ The modules and sub-packages, each importing only those before it:
     agreement    a judge against human labels
     judges       who decides: the refusal judge, and prompts and verdicts of LLM judges
     attacks      transforms of forbidden prompts that need no second model
+    thinking     reasoning in the text of a model without steps
     systems      models to measure: a MoTE adapter, a plain LoRA or a base model, loaded once
     compat       every private name of inspect_ai
     provider     those systems as an inspect_ai provider, ``mote/DIR``

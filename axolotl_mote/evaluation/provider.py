@@ -4,9 +4,9 @@
 
 DIR is a MoTE adapter, a plain LoRA trained on chains, or a base model (or its hub name). Requests with equal settings
 are gathered into batches; modes can differ from sample to sample (``GenerateConfig(extra_body={"steps": "verify"})``).
-Each reasoning step comes back as a ``ContentReasoning`` and the answer alone as a ``ContentText``, so that scorers see
-what a user sees. A model is loaded at its first request; ``close`` frees it if no one else uses it. Works on asyncio
-and trio. torch is imported when a model is named, not before.
+Each reasoning step, or the think block of a base model, comes back as a ``ContentReasoning`` and the answer alone as a
+``ContentText``, so that scorers see what a user sees. A model is loaded at its first request; ``close`` frees it if no
+one else uses it. Works on asyncio and trio. torch is imported when a model is named, not before.
 """
 
 from __future__ import annotations
@@ -238,6 +238,7 @@ class MoteAPI(ModelAPI):
             ),
             metadata={
                 "mote": {
+                    "has_steps": self._vocabulary is not None,
                     "steps": list(answer.texts),
                     "texts": answer.texts,
                     "token_counts": answer.token_counts,

@@ -18,6 +18,7 @@ from inspect_ai.log import read_eval_log, read_eval_log_sample_summaries
 
 from axolotl_mote.chain.steps import CHECK, DEFAULT_STEPS, answer_step
 from axolotl_mote.evaluation.judges.verdicts import leaks
+from axolotl_mote.evaluation.scorers import has_steps
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample, EvalSampleSummary
@@ -145,7 +146,7 @@ def _row(cell: Cell, log: EvalLog, sample: EvalSample, secrets: Mapping[str, str
         "token_counts": counts or {},
         "output_tokens": usage.output_tokens if usage else None,
         "finished": _finished(output, mote),
-        "leaked": _leaked(answer, texts, metadata, sample) if output else None,
+        "leaked": _leaked(answer, texts, metadata, sample) if output and has_steps(output) else None,
         "error": error,
         "scores": {
             name: _score(score, secrets)
@@ -176,7 +177,7 @@ def _messages(given: Any) -> list[dict[str, str]]:
 
 
 def _leaked(answer: str | None, texts: Mapping[str, str], metadata: Mapping[str, Any], sample: EvalSample) -> bool:
-    """Whether the answer shows reasoning of the steps before it."""
+    """Whether the answer shows reasoning of the steps before it; a system without steps cannot leak any."""
     question = metadata.get("question") or _messages(sample.input)[-1]["content"]
     steps = {name: text for name, text in texts.items() if text != answer and name != CHECK}
     return leaks(answer or "", steps, question)

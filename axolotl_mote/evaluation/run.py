@@ -5,7 +5,7 @@ results of what is there, however it ended. A server that does not answer costs 
 local system are in memory at a time, beside those of a local grader.
 
     output/runs.jsonl                           one line per run; locked while a run goes on
-    output/logs/SYSTEM/MODE/TASK-HASH/*.eval    logs of inspect_ai
+    output/logs/SYSTEM/MODE/TASK-HASH/*.eval    logs of inspect_ai; a renamed system goes on in its earlier folder
     output/manifest.json                        cells: what was planned, what is there, settings, versions
     output/results.jsonl, summary.json, report.html
 """
@@ -26,7 +26,7 @@ from axolotl_mote.evaluation.running.answering import Interrupted, answer
 from axolotl_mote.evaluation.running.cells import Job, is_graded, plan
 from axolotl_mote.evaluation.running.endpoints import closing, grader_of, kept, server_fault
 from axolotl_mote.evaluation.running.judging import JudgeAgain, Tell
-from axolotl_mote.evaluation.running.logs import remove_secrets, remove_superseded, secrets_of
+from axolotl_mote.evaluation.running.logs import remove_superseded, secrets_of, tidy_logs
 from axolotl_mote.evaluation.running.outputs import versions, write_results
 from axolotl_mote.evaluation.settings import Settings, System
 from axolotl_mote.files import AppendLog
@@ -39,19 +39,22 @@ class Report:
     """What a run leaves behind.
 
     Args:
-        summary: The figures.
-        faults: What is missing, and why.
+        summary: The figures, and what is missing.
         interrupted: Whether Ctrl-C stopped it.
         answered, judged: Answers given, and judged again, by this run.
         seconds: Of this run.
     """
 
     summary: Summary
-    faults: list[str]
     interrupted: bool
     answered: int
     judged: int
     seconds: float
+
+    @property
+    def faults(self) -> list[str]:
+        """What is missing, and why."""
+        return self.summary.missing
 
 
 def run(settings: Settings, *, tell: Tell = lambda _: None, display: str = "none") -> Report:
@@ -83,8 +86,8 @@ def run(settings: Settings, *, tell: Tell = lambda _: None, display: str = "none
         except (Interrupted, KeyboardInterrupt):
             interrupted = True
             tell("Interrupted. Writing the results of what is there.")
-        summary, faults = write_results(settings, jobs)
-    return Report(summary, [*judging.faults, *faults], interrupted, answered, judged, time.monotonic() - began)
+        summary = write_results(settings, jobs, judging.faults)
+    return Report(summary, interrupted, answered, judged, time.monotonic() - began)
 
 
 class _Judging:
@@ -138,15 +141,17 @@ def _run_system(
 
 
 def _answer(settings: Settings, job: Job, judging: _Judging, tell: Tell, display: str) -> None:
-    with judging.grader() as grader:
-        stopped, reasons = answer(settings, job, grader, display)
     secrets = secrets_of(settings)
+    try:
+        with judging.grader() as grader:
+            stopped, reasons = answer(settings, job, grader, display)
+    finally:
+        tidy_logs(job, secrets)
     if stopped is not None:
         job.fault = _short(without_secrets(stopped, secrets))
         tell(f"{job.name}: stopped: {job.fault}")
     elif reasons:
         tell(f"{job.name}: {len(reasons)} failed, such as: {_short(without_secrets(reasons[0], secrets))}")
-    remove_secrets(job, secrets)
     tell(f"{job.name}: {job.answered()} of {job.total} answers")
 
 

@@ -15,6 +15,7 @@ import gc
 import hashlib
 import threading
 import time
+from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -25,13 +26,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.questions import Messages, question_id
 from axolotl_mote.chain.rows import check_messages
 from axolotl_mote.chain.steps import ADAPTIVE, CHECK, FORM_SEPARATOR, VERIFY
+from axolotl_mote.chain.templates import open_block
 from axolotl_mote.chain.vocabulary import StepVocabulary
+from axolotl_mote.evaluation.thinking import split_thinking
 from axolotl_mote.generation.api import generate_chain
 from axolotl_mote.generation.decoding import (
     context_length,
@@ -55,7 +59,10 @@ LEAST_NEW_TOKENS = 64
 """A question that leaves fewer by default is refused: its answer would be cut."""
 
 PLAIN_ANSWER = "response"
-"""Name of the only text of a system without steps."""
+"""Name of the answer of a system without steps."""
+
+PLAIN_REASONING = "reasoning"
+"""Name of the text before it, where the model wrote a block such as ``<think>``."""
 
 _GATHER_SECONDS = 0.05
 """How long an incomplete batch waits for another question."""
@@ -135,7 +142,7 @@ class Answer:
     """What a system said.
 
     Args:
-        texts: Text of each step, in order; of a base model ``response`` alone.
+        texts: Text of each step, in order; of a base model ``response``, after ``reasoning`` if it wrote a think block.
         token_counts: Tokens of each text.
         answer_step: Name of the text that the user sees.
         finished: Whether the model ended its answer by itself.
@@ -403,19 +410,38 @@ class System:
         ends = [self.codec.stop_id, self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
         return sorted({token for token in ends if token is not None})
 
+    @cached_property
+    def _opened(self) -> str | None:
+        """The block, such as ``<think>``, that the template leaves open before an answer of a base model."""
+        with suppress(TemplateError):  # a template may refuse what is asked to find out
+            return open_block(self.tokenizer)
+        return None
+
     def _plain_answer(self, prompt: list[int], row: list[int]) -> Answer:
         end = next((position for position, token in enumerate(row) if token in self._ends), None)
-        text = self.tokenizer.decode(row[:end], skip_special_tokens=False)
+        tokens = row[:end]
+        text = self._decode(tokens)
+        texts, counts = {PLAIN_ANSWER: text}, {PLAIN_ANSWER: len(tokens)}
+        cut = () if end is not None else (PLAIN_ANSWER,)
+        if thought := split_thinking(text, self._opened):
+            inside = bisect_left(range(len(tokens)), True, key=lambda n: thought.mark in self._decode(tokens[:n]))
+            texts = {PLAIN_REASONING: thought.reasoning, PLAIN_ANSWER: thought.answer}
+            counts = {PLAIN_REASONING: inside, PLAIN_ANSWER: len(tokens) - inside}
+            cut = cut if thought.is_closed else (PLAIN_REASONING,)
         return Answer(
-            texts={PLAIN_ANSWER: text},
-            token_counts={PLAIN_ANSWER: len(row[:end])},
+            texts=texts,
+            token_counts=counts,
             answer_step=PLAIN_ANSWER,
-            finished=end is not None and bool(text.strip()),
-            truncated=() if end is not None else (PLAIN_ANSWER,),
+            finished=not cut and bool(texts[PLAIN_ANSWER].strip()),
+            truncated=cut,
             check=None,
             input_tokens=len(prompt),
             output_tokens=len(row) if end is None else end + 1,
         )
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return text
 
 
 def _load_base_model(spec: SystemSpec) -> tuple[Any, PreTrainedTokenizerBase]:

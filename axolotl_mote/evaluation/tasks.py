@@ -15,14 +15,22 @@ from typing import Any, Literal
 
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.model import ChatMessage, ChatMessageAssistant, ChatMessageSystem, ChatMessageUser
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageAssistant,
+    ChatMessageSystem,
+    ChatMessageUser,
+    ContentReasoning,
+    ContentText,
+)
 from inspect_ai.scorer import Scorer
-from inspect_ai.solver import generate
+from inspect_ai.solver import Generate, Solver, TaskState, generate, solver
 
 from axolotl_mote.benchmarks.loading import Prompt, digest, load_own_prompts, load_prompts
 from axolotl_mote.benchmarks.sources import BENCHMARKS
 from axolotl_mote.evaluation.attacks import TRANSFORMS, attack
-from axolotl_mote.evaluation.scorers import CHAIN_SCORERS, SCORERS, counts
+from axolotl_mote.evaluation.scorers import CHAIN_SCORERS, SCORERS, counts, steps_of
+from axolotl_mote.evaluation.thinking import opened_before, split_thinking
 
 CUSTOM_VERSION = 1
 
@@ -75,7 +83,7 @@ def coconot(path: str | None = None, limit: int | None = None, judge_chain: bool
     """CoCoNot's contrast set: compliance on harmless prompts that look like ones to decline.
 
     Args:
-        path: The whole set: a file, "hub", or a data set's name.
+        path: The whole contrast set: a file, "hub", or a data set's name; the original set is refused.
         limit: Prompts; a fixed draw.
         judge_chain: Judge all steps as well.
     """
@@ -165,11 +173,38 @@ def _task(
     }
     return Task(
         dataset=MemoryDataset([_sample(prompt, name) for prompt in prompts for name in transforms], name=benchmark),
-        solver=generate(tool_calls="none"),  # there are no tools: a server that calls some has answered
+        # There are no tools: a server that calls some has answered.
+        solver=[generate(tool_calls="none"), without_thinking()],
         scorer=[*chosen, counts()],
         version=version,
         metadata={"benchmark": benchmark, "task_version": version, "data": data},
     )
+
+
+@solver
+def without_thinking() -> Solver:
+    """Makes a reasoning part of the think block that the text of a server begins with: the answer alone is judged.
+
+    A block that is never closed was cut off: there is no answer. ``mote/DIR`` and most providers split it themselves.
+    """
+
+    async def solve(state: TaskState, ask: Generate) -> TaskState:
+        output = state.output
+        if output.empty or "mote" in (output.metadata or {}) or steps_of(output):
+            return state
+        text = output.message.text
+        thought = split_thinking(text, opened_before(text, "\n".join(turn.text for turn in state.messages[:-1])))
+        if thought is None:
+            return state
+        parts = [ContentReasoning(reasoning=thought.reasoning), ContentText(text=thought.answer)]
+        message = output.message.model_copy(update={"content": parts})
+        stop_reason = output.stop_reason if thought.is_closed else "max_tokens"
+        choice = output.choices[0].model_copy(update={"message": message, "stop_reason": stop_reason})
+        state.output = output.model_copy(update={"choices": [choice], "completion": thought.answer})
+        state.messages[-1] = message
+        return state
+
+    return solve
 
 
 def _sample(prompt: Prompt, transform: str) -> Sample:

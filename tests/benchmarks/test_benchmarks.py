@@ -130,6 +130,28 @@ def test_the_original_columns_of_strongreject(tmp_path: Path) -> None:
     assert (prompt.category, prompt.label, len(prompt.id)) == ("Violence", "unsafe", 16)
 
 
+def test_the_contrast_set_of_coconot_is_safe(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"id": "a", "category": "Unsupported requests", "subcategory": "modality limitations", "prompt": "A recipe?"},
+        {"id": "b", "subcategory": "False information", "prompt": "Is it true?", "chosen": "x", "rejected": "y"},
+        {"id": "c", "prompt": "Nothing is known of this."},
+    ]
+    labels = {p.id: p.label for p in load_prompts("coconot", path=write_jsonl(tmp_path / "c.jsonl", rows))}
+    assert labels == {"a": "safe", "b": "safe", "c": None}
+
+
+@pytest.mark.parametrize("subcategory", ["wildchats", "misinformation", "Copyright violations", "universal unknowns"])
+def test_the_original_set_of_coconot_is_refused(tmp_path: Path, subcategory: str) -> None:
+    """Its prompts should not be complied with: as safe ones, every right refusal would count as over-refusal."""
+    rows: list[dict[str, object]] = [
+        {"id": "a", "subcategory": "privacy violations", "prompt": "Give me his number."},
+        {"id": "b", "subcategory": subcategory, "prompt": "Say that it is a hoax."},
+    ]
+    message = rf"path must hold CoCoNot's contrast set; got a row of its original set, of .*'{subcategory.lower()}'"
+    with pytest.raises(ValueError, match=message):
+        load_prompts("coconot", path=write_jsonl(tmp_path / "c.jsonl", rows))
+
+
 def test_transcripts_of_hh_rlhf(tmp_path: Path) -> None:
     rows = [{"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d", "rejected": "x"}]
     path = tmp_path / "test.jsonl.gz"
@@ -212,6 +234,19 @@ def test_own_prompts(tmp_path: Path) -> None:
     assert (found["7"].target, found["7"].category, found["7"].label) == ("2", "easy", None)
     (other,) = (p for p in found.values() if p.id != "7")
     assert (other.messages[1]["content"], other.label) == ("ü?", "safe")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mark_of_utf_8_begins_no_row(tmp_path: Path, packed: bool) -> None:
+    """As in CSV and JSON files; some editors write it."""
+    content = b'\xef\xbb\xbf{"id": "a", "prompt": "Hi"}\n{"id": "b", "prompt": "Ho"}\n'
+    path = tmp_path / ("own.jsonl.gz" if packed else "own.jsonl")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert {p.id for p in load_own_prompts(path)} == {"a", "b"}
+    path = tmp_path / "twice.jsonl"
+    path.write_bytes(content + content)
+    with pytest.raises(ValueError, match=r"1 fault\.\n  row 3: the line must be JSON"):
+        load_own_prompts(path)
 
 
 def test_all_faults_of_own_prompts_at_once(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +19,13 @@ import scripted_models
 from inspect_ai.log import read_eval_log
 from scripted_models import record_calls, rows_of
 
+from axolotl_mote.evaluation import run as run_module
 from axolotl_mote.evaluation.run import run
 from axolotl_mote.evaluation.running import judging
 from axolotl_mote.evaluation.settings import Settings
 from axolotl_mote.report import Page
 
+HERE = Path(__file__).parent
 BASE = {"name": "base", "inspect_model": "scripted/base", "concurrency": 3}
 GRADER = {"inspect_model": "scripted/grader"}
 OTHER = {"inspect_model": "scripted/other-grader"}
@@ -159,6 +164,39 @@ def test_a_grader_that_was_taken_away_is_not_asked(tmp_path: Path) -> None:
     assert statuses(out, "strongreject_chain")["scored"] == 0
 
 
+# --- inspect score --------------------------------------------------------------------------------------------------
+
+SCORE = "import scripted_models\nfrom inspect_ai._cli.main import main\nmain()"
+
+
+def values_of(log: Any) -> str:
+    """Every score and every figure of a log."""
+    scores = [{name: score.value for name, score in sample.scores.items()} for sample in log.samples]
+    figures = [(score.name, [metric.value for metric in score.metrics.values()]) for score in log.results.scores]
+    return repr([scores, figures])  # NaN is equal to NaN in it
+
+
+def test_inspect_score_needs_no_names_of_scorers(tmp_path: Path) -> None:
+    """A log names the scorers of its task so that inspect_ai finds them in another process."""
+    out, scored = tmp_path / "out", tmp_path / "scored.eval"
+    run(settings(out, grader=GRADER))
+    log = log_of(out)
+    done = subprocess.run(
+        [sys.executable, "-c", SCORE, "score", str(log), "--action", "overwrite", "--output-file", str(scored)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, again = read_eval_log(str(log)), read_eval_log(str(scored))
+    assert [scorer.name for scorer in found.eval.scorers] == [f"axolotl_mote/{n}" for n in found.samples[0].scores]
+    assert values_of(found) == values_of(again)
+    run(settings(out, grader=OTHER))  # which judges again
+    assert read_eval_log(str(log)).eval.scorers == found.eval.scorers
+
+
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +215,23 @@ def test_a_key_never_changes_an_answer(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(report.faults) == 1
         assert run(settings(tmp_path / "out", systems=[system], tasks=tasks)).faults == []
     assert [row["answer"] for row in rows_of(tmp_path / "out")] == [answer] * 4
+
+
+def test_a_key_is_taken_out_after_ctrl_c_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-123456789")
+    answer = run_module.answer
+
+    def interrupted(*given: Any) -> Any:
+        answer(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "answer", interrupted)
+    with scripted_models.server(lambda n, body, key: (400, f"wrong {key}")) as (address, _):
+        system = {"name": "s", "server": address, "model": "m", "retry_for": 1, "api_key_env": "MY_KEY"}
+        assert run(settings(tmp_path / "out", systems=[system])).interrupted
+    text = read_eval_log(str(log_of(tmp_path / "out")), resolve_attachments="full").model_dump_json()
+    assert "$MY_KEY" in text
+    assert "sk-123456789" not in text
 
 
 # --- damaged logs ---------------------------------------------------------------------------------------------------

@@ -354,6 +354,54 @@ def test_costs(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
     assert more.seconds > 0
 
 
+# --- names and ids that change --------------------------------------------------------------------------------------
+
+
+def test_a_renamed_system_or_task_keeps_its_answers(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
+    run(settings(tmp_path / "out"))
+    done = len(calls())
+    renamed = {"systems": [{**BASE, "name": "renamed"}], "tasks": [{**XSTEST, "label": "other"}]}
+    assert [cost.answers for cost in costs(settings(tmp_path / "out", **renamed))] == [0]
+    report = run(settings(tmp_path / "out", **renamed))
+    assert (report.answered, report.faults, len(calls())) == (0, [], done)
+    assert {(row["system"], row["task"]) for row in rows_of(tmp_path / "out")} == {("renamed", "other")}
+    run(settings(tmp_path / "whole", **renamed))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    more = run(settings(tmp_path / "out", max_new_tokens=7, **renamed))
+    assert more.answered == 12
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_two_systems_of_one_model_have_answers_of_their_own(tmp_path: Path, calls: Callable[[], list[str]]) -> None:
+    """Whoever names a model twice wants it asked twice."""
+    run(settings(tmp_path / "out"))
+    report = run(settings(tmp_path / "out", systems=[{**BASE, "name": "again"}, BASE]))
+    assert (report.answered, len(calls())) == (12, 24)
+    assert len({path.parent for path in logs_of(tmp_path / "out")}) == 2
+    both = run(settings(tmp_path / "out", systems=[{**BASE, "name": "one"}, {**BASE, "name": "two"}]))
+    assert (both.answered, len(calls())) == (0, 24)
+    assert Counter(row["system"] for row in rows_of(tmp_path / "out")) == {"one": 12, "two": 12}
+
+
+def test_ids_that_changed_between_two_runs_are_said(tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    task = {"tasks": [{"name": "custom", "path": str(own)}]}
+
+    def write(prefix: str) -> None:
+        rows = [{"id": f"{prefix}{n}", "prompt": f"Question {n}?", "label": "safe"} for n in range(4)]
+        own.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    write("a")
+    run(settings(tmp_path / "out", **task))
+    write("b")
+    both = {**task, "systems": [BASE, {**BASE, "name": "later"}]}
+    done = CliRunner().invoke(command, [str(write_config(tmp_path / "out", **both))])
+    words = "later against base, custom, over-refusal: not compared."
+    assert words in done.stdout
+    assert words in json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["not_compared"][0]
+    assert words in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
 # --- real models, the command ---------------------------------------------------------------------------------------
 
 
@@ -432,9 +480,30 @@ def test_the_command(tmp_path: Path) -> None:
     assert "unsafe" in done.stdout
     told = CliRunner().invoke(command, [*arguments, "--report-only", "--json"])
     assert json.loads(told.stdout)["figures"][0]["planned"] == 4
+    assert (json.loads(told.stdout)["missing"], told.exit_code) == ([], 0)
     both = CliRunner().invoke(command, [*arguments, "--report-only", "--dry-run"])
     assert both.exit_code == 2
     config.write_text("systems: 3", encoding="utf-8")
     broken = CliRunner().invoke(command, arguments)
     assert broken.exit_code == 1
     assert "must follow the schema of the evaluation file" in broken.output
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_report_alone_says_what_the_run_lacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRIPTED_FAIL", "How")
+    dead = {"server": "http://127.0.0.1:9/v1", "model": "m"}
+    both = {"systems": [BASE, {"name": "dead", **dead}], "tasks": [XSTEST, STRONGREJECT], "grader": dead}
+    config = str(write_config(tmp_path / "out", **both))
+    done = CliRunner().invoke(command, [config, "--json"])
+    missing = json.loads(done.stdout)["missing"]
+    assert missing[0].startswith("grader: http://127.0.0.1:9/v1 does not answer")
+    assert any(": the judge failed on " in words for words in missing)
+    assert any(words.startswith("dead, xstest: 12 of 12 answers are missing: http://127.0.0.1") for words in missing)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["missing"] == missing
+    told = CliRunner().invoke(command, [config, "--report-only", "--json"])
+    assert json.loads(told.stdout)["missing"] == missing
+    assert (done.exit_code, told.exit_code) == (3, 3)
+    shown = CliRunner().invoke(command, [config, "--report-only"])
+    assert all(f"Missing: {words}" in shown.stdout for words in missing)
+    assert "Run it without --report-only to continue." in shown.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import threading
@@ -112,6 +113,35 @@ def test_a_server_that_goes_away_is_not_waited_for(tmp_path: Path) -> None:
     with scripted_models.server(lambda n, body, key: (200, "Sure.")) as (address, seen):
         assert run(settings(tmp_path / "out", served(address, concurrency=2), 40)).faults == []
         assert len(seen) == 35
+
+
+def test_what_a_server_thinks_first_is_not_judged(tmp_path: Path) -> None:
+    """Prompt 0 closes a block, 1 never does, 2 has one, 3 repeats a mark of the question, 4 has a mark inside."""
+    refusal = "I am sorry, but I cannot help with that."
+    said = {
+        0: f"Sure, here is how.</think>{refusal}",
+        1: f"<think>Sure, here is how. {refusal}",
+        2: f"<think>Sure, here is how.</think>\n\n{refusal}",
+        3: f"Sure, here is how.</think>{refusal}",
+        4: "Sure, write <think> and then this.",
+    }
+    own = tmp_path / "own.jsonl"
+    asked = [{"id": str(n), "prompt": f"Question {n}{' of </think>' if n == 3 else ''}", "label": "safe"} for n in said]
+    own.write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+
+    def reply(number: int, body: dict[str, Any], key: str) -> tuple[int, str]:
+        return 200, said[int(body["messages"][-1]["content"].split()[1])]
+
+    with scripted_models.server(reply) as (address, _):
+        run(settings(tmp_path / "out", served(address), tasks=[{"name": "custom", "path": str(own)}]))
+    rows = {int(row["id"]): row for row in rows_of(tmp_path / "out")}
+    assert [rows[n]["answer"] for n in said] == [refusal, "", refusal, said[3], said[4]]
+    assert [rows[n]["texts"].get("reasoning") for n in range(3)] == [
+        *("Sure, here is how.", f"Sure, here is how. {refusal}", "Sure, here is how."),
+    ]
+    assert [rows[n]["finished"] for n in said] == [True, False, True, True, True]
+    assert [rows[n]["scores"]["refusal"]["status"] for n in said] == ["scored", "empty", "scored", "scored", "scored"]
+    assert {row["output_tokens"] for row in rows.values()} == {7}
 
 
 def test_errors_are_one_line_that_says_the_cause(tmp_path: Path) -> None:

@@ -105,6 +105,14 @@ def test_files_that_are_no_mapping(tmp_path: Path, text: str) -> None:
         load_settings(path)
 
 
+def test_a_file_of_brackets_alone(tmp_path: Path) -> None:
+    """PyYAML has no limit of its own: it ends in a RecursionError."""
+    path = tmp_path / "eval.yml"
+    path.write_text("[" * 20_000, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"the evaluation file must be readable YAML; got .*recursion.* Correct"):
+        load_settings(path)
+
+
 # --- identity -------------------------------------------------------------------------------------------------------
 
 

@@ -49,6 +49,13 @@ def test_json(labelled: Path) -> None:
     assert low < 2 / 3 < high
 
 
+def test_a_mark_of_utf_8_begins_no_row(labelled: Path) -> None:
+    labelled.write_bytes(b"\xef\xbb\xbf" + labelled.read_bytes())
+    done = run(labelled, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rows"] == len(ROWS)
+
+
 def test_tables(labelled: Path) -> None:
     done = run(labelled)
     assert done.exit_code == 0, done.output

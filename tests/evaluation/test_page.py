@@ -82,6 +82,28 @@ def test_hostile_text_stays_text_and_nothing_is_loaded() -> None:
     assert set(re.findall(r"(?:https?:|@import)[^\s\"<>]*", markup)) <= namespaces
 
 
+@pytest.mark.parametrize(
+    "odd",
+    ["\u202eevil", "\u202d\u202aa", "\u2067b", "\u2069\u202e", "\u2069" * 9, "שלום", "a\u2029\u202eb", "\u202e" * 200],
+)
+def test_a_question_keeps_the_order_of_what_stands_beside_it(monkeypatch: pytest.MonkeyPatch, odd: str) -> None:
+    """Question, category and error stand in lines that go on after them."""
+    monkeypatch.setattr(Page, "plots", lambda self, plots: None)
+    rows, manifest = rows_and_manifest([("base", "plain")], 3, text="plain words", tasks=["coconot"])
+    for row in rows:
+        row["messages"][-1]["content"] = row["category"] = odd
+        row["error"] = row["error"] and odd
+    markup = make_page(summarize(manifest["cells"], rows), manifest, rows).html()
+    lines = re.findall("<(?:summary|b)>(.*?)</(?:summary|b)>", markup, re.DOTALL)
+    assert sum(": refusal plain words" in line for line in lines) == 4
+    assert sum("failed: " in line for line in lines) == 2
+    for line in lines:
+        outside, isolated = re.sub("\u2068[^\u2069]*\u2069", "", line), re.findall("\u2068([^\u2069]*)\u2069", line)
+        assert not re.search("[\u0590-\u08ff\u200e\u200f\u202a-\u202e\u2066-\u2069\u2029]", outside)
+        assert not re.search("[\u202a-\u202e\u2066-\u2069\u2029]", "".join(isolated))
+    assert "\u202e" not in odd or any("[U+202E]" in line for line in lines)
+
+
 def test_every_answer_stands_beside_its_verdict_until_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Page, "plots", lambda self, plots: None)
     rows, manifest = rows_and_manifest([("base", "plain")], prompts=40, text="plain words")
@@ -109,6 +131,16 @@ def test_comparisons_say_what_they_left_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert "; 32 prompts; left out, not scored for both: 18 answers)" in markup
 
 
+def test_comparisons_that_cannot_be_made_are_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Page, "plots", lambda self, plots: None)
+    rows, manifest = rows_and_manifest([("a", "plain"), ("b", "plain")], prompts=5, tasks=["coconot"])
+    for row in rows:
+        row["prompt_id"] = row["id"] = f"{row['system']} {row['id']}"
+    summary = summarize(manifest["cells"], rows)
+    (words,) = summary.not_compared
+    assert f"<p>{words}</p>" in make_page(summary, manifest, rows).html()
+
+
 def test_files_are_written_and_written_again_the_same(tmp_path: Path) -> None:
     rows, manifest = rows_and_manifest(SYSTEMS, 4, tasks=["xstest"])
     write_report(tmp_path, manifest, rows)
@@ -133,6 +165,7 @@ def test_a_run_without_answers_has_a_page() -> None:
     _, manifest = rows_and_manifest(SYSTEMS)
     markup = make_page(summarize(manifest["cells"], []), manifest, []).html()
     assert "What is missing" in markup
+    assert "<td>mote adaptive, xstest: 6 of 6 answers are missing</td>" in markup
 
 
 # --- plots ----------------------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def same(output: ModelOutput, chain: Any) -> bool:
     assert output.usage.total_tokens == output.usage.input_tokens + chain.spent
     assert output.usage.reasoning_tokens == sum(chain.token_counts[part.internal["step"]] for part in reasoning)
     assert output.stop_reason == ("max_tokens" if chain.truncated else "stop")
+    assert facts["has_steps"] is True
     assert (facts["finished"], facts["check"]) == (chain.finished, chain.check)
     assert facts["token_counts"] == chain.token_counts
     return (
@@ -283,8 +284,27 @@ def test_a_base_model_answers_without_steps(folders):
         assert [part.type for part in output.message.content] == ["text"]
         assert output.metadata["mote"]["texts"] == {"response": answer.answer}
         assert output.metadata["mote"]["steps"] == ["response"]
+        assert output.metadata["mote"]["has_steps"] is False
         assert output.stop_reason == ("max_tokens" if answer.truncated else "stop")
         assert output.usage.reasoning_tokens == 0
+
+
+def test_a_base_model_that_thinks_gives_its_thoughts_apart(folders, monkeypatch):
+    said = systems.Answer(
+        texts={"reasoning": "A game.", "response": ""},
+        token_counts={"reasoning": 5, "response": 0},
+        answer_step="response",
+        finished=False,
+        truncated=("reasoning",),
+        check=None,
+        input_tokens=3,
+        output_tokens=5,
+    )
+    monkeypatch.setattr(systems.System, "answer", lambda self, dialogues, *_: [said] * len(dialogues))
+    (output,) = ask(model(folders / "base"), [HI])
+    assert [part.type for part in output.message.content] == ["reasoning", "text"]
+    assert (output.completion, output.stop_reason) == ("", "max_tokens")
+    assert (output.usage.output_tokens, output.usage.reasoning_tokens) == (5, 5)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -133,6 +133,14 @@ def test_a_system_without_steps(tmp_path: Path) -> None:
     assert thinking["texts"] == {"reasoning": "Let me think.", "response": "Yes."}
     assert thinking["token_counts"] == {"reasoning": 7, "response": 5}
     assert (plain["prompt_id"], plain["label"], plain["category"]) == ("s0", None, "")
+    assert (plain["leaked"], thinking["leaked"]) == (None, None)
+
+
+def test_only_a_system_with_steps_leaks(tmp_path: Path) -> None:
+    text = "Analysis: none. No."
+    adapter, base = ({"mote": {"texts": {"response": text}, "has_steps": steps}} for steps in (True, False))
+    rows = rows_of(tmp_path, [output(text), output(text, metadata=adapter), output(text, metadata=base)])
+    assert [row["leaked"] for row in rows] == [None, True, None]
 
 
 @pytest.mark.parametrize(

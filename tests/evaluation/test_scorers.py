@@ -194,12 +194,30 @@ def test_an_unlabelled_prompt_has_no_worst_case_of_refusal(tmp_path: Path, local
     assert "safe" not in figures(log, "refusal")
 
 
+def in_steps(text: str) -> ModelOutput:
+    """What an adapter answers in a mode without reasoning steps."""
+    made = output(text)
+    made.metadata = {"mote": {"has_steps": True, "steps": ["response"]}}
+    return made
+
+
 def test_truncation_and_leakage(tmp_path: Path) -> None:
     leak = [ContentReasoning(reasoning=ANALYSIS, internal={"step": "analysis"}), ContentText(text=f"Hm. {ANALYSIS}")]
-    answers = ["Fine.", output("Half of", "max_tokens"), output("", "model_length"), leak, "Analysis: none.\nNo."]
-    log = run(tmp_path, [scorers.counts()], answers)
+    answers = [in_steps("Fine."), output("Half of", "max_tokens"), output("", "model_length"), leak]
+    log = run(tmp_path, [scorers.counts()], [*answers, in_steps("Analysis: none.\nNo.")])
     assert figures(log, "truncated")["mean"] == pytest.approx(2 / 5)
-    assert figures(log, "leaked")["mean"] == pytest.approx(2 / 5)
+    assert figures(log, "leaked")["mean"] == pytest.approx(2 / 3)
+
+
+def test_a_system_without_steps_leaks_nothing(tmp_path: Path) -> None:
+    """It has no steps that its talk could belong to; a rate of 0 would look like a merit."""
+    base = in_steps("Analysis: none.\nNo.")
+    base.metadata["mote"]["has_steps"] = False  # type: ignore[index]
+    thinking = [ContentReasoning(reasoning=ANALYSIS), ContentText(text=f"Hm. {ANALYSIS}")]
+    odd = [ContentReasoning(reasoning=ANALYSIS, internal={"other": 1}), ContentText(text=f"Hm. {ANALYSIS}")]
+    log = run(tmp_path, [scorers.counts()], ["Analysis: none.\nNo.", base, thinking, odd])
+    assert figures(log, "leaked")["unscored"] == 4
+    assert math.isnan(figures(log, "leaked")["mean"])
 
 
 def test_match(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from axolotl_mote.evaluation.figures.cells import variant_name
 from axolotl_mote.evaluation.figures.comparisons import Comparison, compare
 from axolotl_mote.evaluation.figures.estimates import Estimate, estimate, shown
 from axolotl_mote.evaluation.figures.measures import Measure, measures_of
+from axolotl_mote.evaluation.figures.missing import missing_of
 from axolotl_mote.evaluation.figures.summary import Summary, summarize
+from axolotl_mote.evaluation.settings import identity_hash
 from axolotl_mote.evaluation.statistics import mcnemar, score_interval, wilson_interval
 
 JUDGE = {"name": "refusal", "revision": "r1", "prompt_sha256": None}
@@ -162,6 +164,14 @@ def test_truncation_leakage_and_tokens() -> None:
     found = summary_of(rows).figures[0]
     assert (found.truncation.value, found.leakage.value, found.tokens.value) == (0.25, 0.5, 15.0)
     assert {step: e.value for step, e in found.step_tokens.items()} == {"response": 1.5, "analysis": 2.0}
+
+
+def test_leakage_is_of_systems_with_steps_alone() -> None:
+    rows = [row(i, leaked=None) for i in range(4)]
+    rows += [row(i, leaked=i < 1, system="mote", steps="verify") for i in range(4)]
+    plain, steps = (f.leakage for f in summary_of(rows).figures)
+    assert (plain.n, plain.unscored, shown(plain)) == (0, 0, "–")
+    assert (steps.value, steps.n) == (0.25, 4)
 
 
 def test_several_answers_to_a_prompt_are_one_cluster() -> None:
@@ -357,6 +367,62 @@ def test_which_systems_are_compared() -> None:
     many = summary_of([row(i, system=s) for s in "abcdefghij" for i in range(3)])
     assert {c.first[0] for c in many.comparisons} == {"a"}
     assert len(many.comparisons) == 9
+
+
+def test_a_comparison_that_cannot_be_made_is_named() -> None:
+    """Such as after ids changed between two runs."""
+    rows = [row(i, 1.0) for i in range(3)]
+    renamed = [row(i, 1.0, system="b", id=f"new{i}", prompt_id=f"new{i}") for i in range(3)]
+    found = summary_of(rows + renamed)
+    assert found.comparisons == []
+    assert found.not_compared == [
+        "b against a, xstest, over-refusal: not compared. A comparison takes 2 prompts that are scored for both; there "
+        "are 0, of 3 and 3 scored answers. Prompts are told apart by their ids."
+    ]
+    assert found.as_dict()["not_compared"] == found.not_compared
+    one = summary_of([*rows, row(0, 1.0, system="b"), *renamed[1:]])
+    assert "there are 1, of 3 and 3 scored answers" in one.not_compared[0]
+    unscored = [row(i, None, system="b") for i in range(3)]
+    assert "there are 0, of 0 and 3 scored answers" in summary_of(rows + unscored).not_compared[0]
+    assert summary_of([row(i, None) for i in range(3)] + unscored).not_compared == []  # the figures say it
+    two = summary_of([*rows, row(0, 1.0, system="b"), row(1, 1.0, system="b"), renamed[2]])
+    assert two.not_compared == []
+    assert "; 2 prompts; left out, not scored for both: 2 answers)" in two.comparisons[0].words
+
+
+# --- what is missing ------------------------------------------------------------------------------------------------
+
+
+def graded(number: int, grader: str | None, status: str = "scored", name: str = "g") -> dict[str, Any]:
+    judge = {"name": name, "revision": None, "prompt_sha256": "0", "grader": grader}
+    value = 1.0 if status == "scored" else None
+    score = {"value": value, "status": status, "verdict": "no", "judge": judge, "explanation": None}
+    return row(number, scores={"harm": score})
+
+
+def test_what_is_missing_is_said_in_words() -> None:
+    grader = {"inspect_model": "g"}
+    now = identity_hash(grader)
+    whole = cell({"safe": 2})
+    assert missing_of(whole, [graded(i, now) for i in range(2)], grader) == []
+    assert missing_of(whole, [], None) == ["a, xstest: 2 of 2 answers are missing"]
+    failed = [graded(0, now), row(1, error="broken", scores={})]
+    assert missing_of(whole, failed, grader) == ["a, xstest: 1 of 2 answers are missing: 1 failed"]
+    gone = {**whole, "fault": "it does not answer", "damaged": ["x.eval"], "steps": "verify"}
+    assert missing_of(gone, failed, grader) == [
+        "a verify, xstest: 1 of 2 answers are missing: it does not answer",
+        "a verify, xstest: x.eval cannot be read; it was left out",
+    ]
+    assert missing_of({**whole, "fault": "it does not answer"}, [graded(i, now) for i in range(2)], grader) == []
+    unjudged = [graded(0, now), graded(1, now, "failed")]
+    assert missing_of(whole, unjudged, grader) == ["a, xstest: the judge failed on 1 of 2 answers"]
+    assert missing_of(whole, unjudged, None) == []  # who has no grader misses no score
+    two = [graded(0, now), graded(1, "other", name="h")]
+    assert missing_of(whole, two, grader) == [
+        "a, xstest: scores of harm are by 2 judges (1 by g, 1 by h); run again to have one"
+    ]
+    early = [graded(i, "other") for i in range(2)]
+    assert "are by an earlier grader" in missing_of(whole, early, grader)[0]
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------

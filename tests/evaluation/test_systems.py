@@ -94,6 +94,49 @@ def test_a_base_model_answers_as_its_own_generate_does(folders, loaded):
         assert not answer.reasoning
 
 
+def test_a_base_model_that_thinks_first(loaded, monkeypatch):
+    """The answer alone is the answer, and every token is counted."""
+    system = loaded["base"]
+    encode = lambda text: system.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    said: list[int] = []
+    monkeypatch.setattr(
+        system.model, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor([said])], dim=1)
+    )
+
+    def answer(text: str, ended: bool = True) -> Answer:
+        said[:] = [*encode(text), *([system.codec.stop_id] if ended else [])]
+        (found,) = system.answer([HI], SHORT)
+        assert sum(found.token_counts.values()) == len(encode(text))
+        assert found.output_tokens == len(said)
+        return found
+
+    whole = answer("<think>\nA game: 你好.\n</think>\n\nPress start.")
+    assert whole.texts == {"reasoning": "A game: 你好.", "response": "Press start."}
+    assert (whole.answer, whole.reasoning) == ("Press start.", {"reasoning": "A game: 你好."})
+    assert whole.token_counts["reasoning"] == len(encode("<think>\nA game: 你好.\n</think>"))
+    assert (whole.finished, whole.truncated) == (True, ())
+    half = answer("<think>A game</think>Press", ended=False)
+    assert (half.answer, half.finished, half.truncated) == ("Press", False, ("response",))
+    for ended in (True, False):
+        lost = answer("<think>A game", ended)
+        assert (lost.answer, lost.texts["reasoning"]) == ("", "A game")
+        assert (lost.finished, lost.truncated) == (False, ("reasoning",))
+    plain = answer("A game</think>Press <think>start</think>.")
+    assert plain.texts == {"response": "A game</think>Press <think>start</think>."}
+    monkeypatch.setitem(vars(system), "_opened", "<think>")
+    assert answer("A game</think>Press <think>start</think>.").answer == "Press <think>start</think>."
+    assert answer("Press start.").answer == ""
+
+
+@pytest.mark.parametrize(("end", "opened"), [("<think>\n", "<think>"), ("<think>\n\n</think>\n\n", None), ("", None)])
+def test_what_the_template_leaves_open(folders, tmp_path, end, opened):
+    tokenizer = AutoTokenizer.from_pretrained(folders / "base")
+    tokenizer.chat_template += f"{{% if add_generation_prompt %}}{end}{{% endif %}}"
+    tokenizer.save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    assert System(find_system(str(tmp_path)))._opened == opened
+
+
 def test_a_base_model_ends_its_answers(loaded):
     answers = loaded["base"].answer(questions(32), Settings(max_new_tokens=150, temperature=1.0))
     ended = [answer for answer in answers if not answer.truncated]

@@ -11,5 +11,6 @@ The modules, each importing only those before it:
     estimates    a mean with its interval and its worst case
     cells        the figures of one system in one mode on one task
     comparisons  two systems on the same prompts
+    missing      what is missing, in words
     summary      all figures and comparisons, as tables and as JSON
 """

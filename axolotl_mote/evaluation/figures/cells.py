@@ -25,7 +25,7 @@ class Figures:
     Args:
         system, steps, task, benchmark: Which.
         planned, answered, errors, missing: Answers wanted, given, failed, and not asked for yet.
-        truncation, leakage: Rates over the answers.
+        truncation, leakage: Rates over the answers; no leakage without steps, n is 0 then.
         tokens: Generated tokens of an answer, reasoning included.
         step_tokens: The same by step; a step that an answer does not have counts 0.
         measures: By key.
@@ -117,7 +117,7 @@ def figures_of(
         errors=len(rows) - len(done),
         missing=sum(missing.values()),
         truncation=mean(lambda row: float(not row["finished"])),
-        leakage=mean(lambda row: float(row["leaked"])),
+        leakage=mean(lambda row: float(row["leaked"]), [row for row in done if row["leaked"] is not None]),
         tokens=mean(lambda row: row["output_tokens"], is_rate=False),
         step_tokens={s: mean(lambda row, s=s: row["token_counts"].get(s, 0), is_rate=False) for s in steps},  # type: ignore[misc]
         measures={m.key: measured(m, rows, absent(m)) for m in measures},

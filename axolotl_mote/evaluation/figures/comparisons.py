@@ -1,6 +1,7 @@
 """Two systems, or two modes of one, on the same prompts: by how much they differ, and whether that is more than noise.
 
-Only answers that were scored for both are compared. Prompts that one of the two lacks are counted as left out.
+Only answers that were scored for both are compared; they are told apart by the id of the prompt. What is left out is
+counted, and a comparison that cannot be made is named.
 """
 
 from __future__ import annotations
@@ -123,6 +124,28 @@ def compare(
         words="",
     )
     return replace(found, words=_words(found))
+
+
+def not_compared(
+    measure: Measure,
+    task: str,
+    first: tuple[tuple[str, str], Sequence[Row]],
+    second: tuple[tuple[str, str], Sequence[Row]],
+) -> str | None:
+    """Why ``compare`` gives nothing, in words; None if neither system has a score, which the figures say.
+
+    Args:
+        measure, task, first, second: As for ``compare``.
+    """
+    one, two = _scored(measure, first[1]), _scored(measure, second[1])
+    if not one and not two:
+        return None
+    shared = len({prompt for key, (prompt, _) in one.items() if key in two})
+    return (
+        f"{variant_name(second[0])} against {variant_name(first[0])}, {task}, {measure.title}: not compared. A "
+        f"comparison takes 2 prompts that are scored for both; there are {shared}, of {len(two):,} and {len(one):,} "
+        "scored answers. Prompts are told apart by their ids."
+    )
 
 
 def _key(row: Row) -> tuple[str, int]:

@@ -9,13 +9,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from axolotl_mote.evaluation.figures.cells import Figures, figures_of, variant_name
-from axolotl_mote.evaluation.figures.comparisons import Comparison, compare
+from axolotl_mote.evaluation.figures.comparisons import Comparison, compare, not_compared
 from axolotl_mote.evaluation.figures.estimates import Estimate, shown, shown_worst
 from axolotl_mote.evaluation.figures.measures import Measure, Row, goodness_measure, measures_of
+from axolotl_mote.evaluation.figures.missing import missing_of
 
 _ALL_PAIRS = 8
 """Up to this many systems and modes are compared each with each; of more, each with the first."""
@@ -29,11 +30,16 @@ class Summary:
         figures: Of every cell, in the order of the evaluation file.
         measures: Of every task.
         comparisons: Of systems and modes on the same prompts.
+        not_compared: Comparisons that cannot be made, in words.
+        missing: Answers and scores that are missing, in words.
+        details: What else summary.json holds.
     """
 
     figures: list[Figures]
     measures: dict[str, list[Measure]]
     comparisons: list[Comparison]
+    not_compared: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -84,6 +90,8 @@ class Summary:
             "measures": {task: [asdict(m) for m in measures] for task, measures in self.measures.items()},
             "pairs": [{"unsafe_compliance": unsafe, "over_refusal": safe} for unsafe, safe in self.safety_pairs()],
             "comparisons": [asdict(c) for c in self.comparisons],
+            "not_compared": self.not_compared,
+            "missing": self.missing,
         }
         plain: dict[str, Any] = _without_nan(values)
         return plain
@@ -114,15 +122,21 @@ def _without_nan(value: Any) -> Any:
 
 
 def summarize(
-    cells: Sequence[Mapping[str, Any]], rows: Iterable[Row], *, seed: int = 0, details: Mapping[str, Any] | None = None
+    cells: Sequence[Mapping[str, Any]],
+    rows: Iterable[Row],
+    *,
+    seed: int = 0,
+    details: Mapping[str, Any] | None = None,
+    faults: Sequence[str] = (),
 ) -> Summary:
     """All figures and comparisons.
 
     Args:
-        cells: Of the manifest, in order; see ``figures_of``.
+        cells: Of the manifest, in order; see ``figures_of`` and ``missing_of``.
         rows: Of results.jsonl.
         seed: Seed of the bootstrap.
-        details: What else summary.json holds.
+        details: What else summary.json holds; under ``grader`` the grader's identity.
+        faults: What is missing from more than one cell, in words.
     """
     by_cell: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -132,17 +146,19 @@ def summarize(
     by_task = {task: [row for variant in variants for row in by_cell[*variant, task]] for task in tasks}
     measures = {task: measures_of(found) for task, found in by_task.items()}
     attacked = {task: goodness_measure(found) for task, found in by_task.items()}
-    figures = [
-        figures_of(cell, by_cell[cell["system"], cell["steps"], task], measures[task], seed, attacked[task])
-        for cell in cells
-        for task in [cell["task"]]
-    ]
+    grader = (details or {}).get("grader")
+    figures, missing = [], list(faults)
+    for cell in cells:
+        task, mine = cell["task"], by_cell[cell["system"], cell["steps"], cell["task"]]
+        figures.append(figures_of(cell, mine, measures[task], seed, attacked[task]))
+        missing += missing_of(cell, mine, grader)
     pairs = list(combinations(variants, 2)) if len(variants) <= _ALL_PAIRS else [(variants[0], v) for v in variants[1:]]
-    comparisons = [
-        found
-        for task in tasks
-        for measure in measures[task]
-        for one, two in pairs
-        if (found := compare(measure, task, (one, by_cell[*one, task]), (two, by_cell[*two, task]), seed))
-    ]
-    return Summary(figures, measures, comparisons, dict(details or {}))
+    comparisons, without = [], []
+    for task, of_task in measures.items():
+        for measure, (one, two) in product(of_task, pairs):
+            first, second = (one, by_cell[*one, task]), (two, by_cell[*two, task])
+            if found := compare(measure, task, first, second, seed):
+                comparisons.append(found)
+            elif why := not_compared(measure, task, first, second):
+                without.append(why)
+    return Summary(figures, measures, comparisons, without, missing, dict(details or {}))

@@ -5,6 +5,7 @@ The page stays usable: it has a bound on answers and on characters, and says wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from axolotl_mote.evaluation.figures.cells import variant_name
@@ -16,6 +17,10 @@ MOST_ANSWERS = 1500
 
 MOST_CHARACTERS = 4000
 """Of one text on the page."""
+
+
+_REORDERING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""Controls that change the order in which text is shown, to the end of the line or to their partner."""
 
 
 def add_answers(page: Page, rows: Sequence[Row], variants: int) -> None:
@@ -42,9 +47,9 @@ def add_answers(page: Page, rows: Sequence[Row], variants: int) -> None:
 def _add_prompt(page: Page, answers: Sequence[Row]) -> None:
     first = answers[0]
     question = first["messages"][-1]["content"] if first["messages"] else ""
-    about = ", ".join(str(first[key]) for key in ("label", "category", "transform") if first[key])
+    about = ", ".join(_isolated(str(first[key])) for key in ("label", "category", "transform") if first[key])
     verdicts = "; ".join(f"{variant_name((r['system'], r['steps']))}: {_verdict(r)}" for r in answers)
-    with page.details(f"{_cut(' '.join(question.split()), 110)} – {verdicts}"):
+    with page.details(f"{_isolated(_cut(' '.join(question.split()), 110))} – {verdicts}"):
         for message in first["messages"]:
             page.passage(f"{message['role']}{f' ({about})' if about else ''}", _cut(message["content"]))
         for row in answers:
@@ -61,12 +66,22 @@ def _add_prompt(page: Page, answers: Sequence[Row]) -> None:
 
 def _verdict(row: Row) -> str:
     if row["error"] is not None:
-        return f"failed: {_cut(row['error'], 200)}"
+        return f"failed: {_isolated(_cut(row['error'], 200))}"
     parts = []
     for name, score in row["scores"].items():
         said = score["verdict"] if score["status"] == "scored" else f"not scored, {score['status']}"
         parts.append(f"{name} {said if said is not None else score['value']}".replace("_", " "))
     return ", ".join([*parts, *(["cut off"] if row["finished"] is False else [])]) or "not judged"
+
+
+def _isolated(text: str) -> str:
+    """Foreign text for a line that goes on after it, where it cannot change the order of what stands beside it.
+
+    Its line breaks become spaces and its own controls visible, then it is put into an isolate: letters that are written
+    from right to left keep to their place.
+    """
+    plain = _REORDERING.sub(lambda found: f"[U+{ord(found[0]):04X}]", " ".join(text.split()))
+    return f"\u2068{plain}\u2069"
 
 
 def _cut(text: str, most: int | None = None) -> str:

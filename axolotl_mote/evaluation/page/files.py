@@ -23,7 +23,8 @@ def write_report(output: Path, manifest: Mapping[str, Any], rows: Iterable[Row])
     """
     kept = list(rows)
     details = {key: manifest[key] for key in ("grader", "seed", "versions") if key in manifest}
-    summary = summarize(manifest["cells"], kept, seed=manifest["seed"], details=details)
+    faults = manifest.get("faults", ())
+    summary = summarize(manifest["cells"], kept, seed=manifest["seed"], details=details, faults=faults)
     write_atomically(output / "summary.json", json.dumps(summary.as_dict(), indent=1, ensure_ascii=False) + "\n")
     make_page(summary, manifest, kept).write(output / "report.html")
     return summary

@@ -24,7 +24,7 @@ def make_page(summary: Summary, manifest: Mapping[str, Any], rows: Sequence[Row]
         "Intervals are 95 %, clustered by prompt. Rates are taken over what was scored; the worst case counts all that "
         "was not scored against the system."
     )
-    _add_systems(page, manifest)
+    _add_systems(page, summary, manifest)
     _add_safety(page, summary)
     for task in summary.measures:
         _add_task(page, summary, task)
@@ -34,18 +34,13 @@ def make_page(summary: Summary, manifest: Mapping[str, Any], rows: Sequence[Row]
     return page
 
 
-def _add_systems(page: Page, manifest: Mapping[str, Any]) -> None:
+def _add_systems(page: Page, summary: Summary, manifest: Mapping[str, Any]) -> None:
     cells = manifest["cells"]
     page.table(("system", "model"), dict.fromkeys((c["system"], c["model"]) for c in cells), text_columns=[1])
-    lacking = [cell for cell in cells if cell["status"] != "complete"]
-    if lacking:
+    if summary.missing:
         page.heading("What is missing")
-        page.text("These figures are of a part of the prompts, or there are none yet. Run the command again to go on.")
-        page.table(
-            ("system", "task", "answers"),
-            [(variant_name((c["system"], c["steps"])), c["task"], c["status"]) for c in lacking],
-            text_columns=[1, 2],
-        )
+        page.text("Figures are of a part of the prompts, or there are none yet. Run the command again to go on.")
+        page.table(("missing",), [(words,) for words in summary.missing])
 
 
 def _add_safety(page: Page, summary: Summary) -> None:
@@ -108,9 +103,13 @@ def _count(found: Estimate | None) -> str:
 
 
 def _add_comparisons(page: Page, summary: Summary) -> None:
-    if not summary.comparisons:
+    if not summary.comparisons and not summary.not_compared:
         return
     page.heading("Systems compared on the same prompts")
+    for words in summary.not_compared:
+        page.text(words)
+    if not summary.comparisons:
+        return
     count = len(summary.comparisons)
     page.text(
         "Verdicts are compared by McNemar's exact test, by prompts where a prompt has several answers; scores by a "

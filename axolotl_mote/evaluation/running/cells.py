@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Job:
         characters: Of all prompts.
         scorers: Names of its scorers.
         data, task_version: About the prompts, for the manifest.
-        folder: Of its logs.
+        folder: Of its logs; that of an earlier name if the system or the task was renamed.
         fault: Why answers are missing.
     """
 
@@ -136,7 +137,20 @@ def plan(settings: Settings) -> list[Job]:
             for mode in system.modes
             for spec in settings.tasks
         ]
+    _find_earlier_logs(settings, jobs)
     return jobs
+
+
+def _find_earlier_logs(settings: Settings, jobs: Sequence[Job]) -> None:
+    """Give a cell without logs those of the same hash under a name that is in use no more: names are no part of it."""
+    taken = {job.folder for job in jobs}
+    for job in jobs:
+        if job.logs():
+            continue
+        same = sorted((settings.output / "logs").glob(f"*/*/*-{identity_hash(job.identity)}"))
+        if left := [folder for folder in same if folder not in taken and any(folder.glob("*.eval"))]:
+            job.folder = left[0]
+            taken.add(left[0])
 
 
 def _job(settings: Settings, system: System, mode: str, spec: TaskSpec, task: Task, endpoint: dict[str, Any]) -> Job:

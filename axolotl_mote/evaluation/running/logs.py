@@ -1,5 +1,8 @@
 """Logs of inspect_ai on disk: replaced whole or not at all, without API keys, one for each finished cell.
 
+inspect_ai writes the names of scorers without their package and then cannot find them (``as_scorer_spec`` and
+``scorer_from_spec`` of 0.3.285). Logs here have the whole names, so that ``inspect score LOG`` needs no ``--scorer``.
+
 It knows what a log holds, not how it came about.
 """
 
@@ -24,11 +27,15 @@ _ERRORS = frozenset({"error", "error_retries", "traceback", "traceback_ansi", "e
 
 _ERROR_EVENTS = ("error", "logger")
 
+_PACKAGE = "axolotl_mote/"
+
 
 def replace_log(found: EvalLog, path: Path) -> None:
     """Write a log beside its place, then rename it."""
+    _name_scorers(found, "")  # scores go by short names
     if found.results is not None:
         recompute_metrics(found)
+    _name_scorers(found, _PACKAGE)
     staged = path.with_name(f".{path.name}.tmp.eval")
     try:
         write_eval_log(found, str(staged))
@@ -37,21 +44,30 @@ def replace_log(found: EvalLog, path: Path) -> None:
         staged.unlink(missing_ok=True)
 
 
+def _name_scorers(found: EvalLog, package: str) -> None:
+    for scorer in found.eval.scorers or []:
+        scorer.name = package + scorer.name.removeprefix(_PACKAGE)
+
+
 def secrets_of(settings: Settings) -> dict[str, str]:
     """API keys by the name of their variable, without placeholders."""
     found = {key: os.environ.get(key, "") for key in settings.key_variables()}
     return {key: secret for key, secret in found.items() if len(secret) >= _SHORTEST_SECRET}
 
 
-def remove_secrets(job: Job, secrets: dict[str, str]) -> None:
-    """Take API keys out of the errors in logs: some servers repeat them there. Answers stay as they are."""
-    for path in job.logs() if secrets else ():
+def tidy_logs(job: Job, secrets: dict[str, str]) -> None:
+    """Write whole names of scorers, and take API keys out of errors: some servers repeat them. No answer changes."""
+    for path in job.logs():
         if answered_count(path) is None:
             continue
-        given = json.loads(read_eval_log(str(path), resolve_attachments="full").model_dump_json())
+        found = read_eval_log(str(path), resolve_attachments="full")
+        has_names = all(scorer.name.startswith(_PACKAGE) for scorer in found.eval.scorers or [])
+        given = json.loads(found.model_dump_json()) if secrets else None
         clean = _without_secrets(given, secrets)
         if json.dumps(clean) != json.dumps(given):
             replace_log(EvalLog.model_validate(clean), path)
+        elif not has_names:
+            replace_log(found, path)
 
 
 def _without_secrets(value: Any, secrets: dict[str, str], is_error: bool = False) -> Any:
