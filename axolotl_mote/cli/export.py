@@ -1,10 +1,10 @@
-"""``axolotl mote export``: plain PEFT adapters, one per step, and a servable base model."""
+"""``axolotl mote export``: plain PEFT adapters, one per step, or one folder for a server that routes by step."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,12 +12,20 @@ from axolotl_mote.cli._options import json_option, model_options, usage_errors
 from axolotl_mote.cli.json_output import json_writer
 
 if TYPE_CHECKING:
-    from axolotl_mote.export.api import ExportReport
+    from axolotl_mote.export import ExportReport, ServedReport
 
 
 @click.command()
 @model_options
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--format",
+    "form",
+    default="peft",
+    show_default=True,
+    type=click.Choice(["peft", "vllm"]),
+    help="peft: one plain adapter per step. vllm: base and adapter for `axolotl mote serve`.",
+)
 @click.option("--merge-shared", is_flag=True, help="Add the shared expert to the base model; step adapters get rank r.")
 @click.option("--no-base", is_flag=True, help="Write the adapters only.")
 @click.option(
@@ -32,6 +40,7 @@ def command(
     adapter: Path,
     output: Path,
     base_model: str | None,
+    form: str,
     merge_shared: bool,
     no_base: bool,
     dtype: str,
@@ -43,36 +52,52 @@ def command(
 ) -> None:
     """Write plain PEFT adapters, one per step, and a base model that can be served.
 
-    The adapters load without this package. Each is compared with the step-routed model, token by token, and the largest
-    difference is printed. So is the drift of a server that recomputes the earlier steps under the last adapter.
+    With --format vllm it writes a base model and one adapter for `axolotl mote serve`, which routes inside the engine.
+
+    The plain adapters load without this package. Each is compared with the step-routed model, token by token, and the
+    largest difference is printed. So is the drift of a server that recomputes the earlier steps under the last adapter.
 
     \b
     Examples:
       axolotl mote export --adapter outputs/mote --output exported
+      axolotl mote export --adapter outputs/mote --output served --format vllm
       axolotl mote export --adapter outputs/mote --output exported --merge-shared --dtype bfloat16
       vllm serve exported/base --enable-lora --max-lora-rank 64 \\
           --lora-modules question=exported/adapters/question response=exported/adapters/response
     """
     write_json = json_writer() if as_json else None
     with usage_errors():
-        from axolotl_mote.export.api import export_adapter
+        from axolotl_mote import export
 
-        report = export_adapter(
-            adapter,
-            output,
-            base_model,
-            merge_shared=merge_shared,
-            dtype=dtype,
-            device=device,
-            write_base_model=not no_base,
-            verify=not no_verify,
-            probes=_probes(probe, adapter, base_model) if probe else None,
-            overwrite=overwrite,
-        )
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "verify": not no_verify,
+            "probes": _probes(probe, adapter, base_model) if probe else None,
+            "overwrite": overwrite,
+        }
+        report: ExportReport | ServedReport
+        if form == "vllm":
+            _refuse_with_vllm(merge_shared=merge_shared, no_base=no_base)
+            report = export.export_served(adapter, output, base_model, **options)
+        else:
+            options |= {"merge_shared": merge_shared, "write_base_model": not no_base}
+            report = export.export_adapter(adapter, output, base_model, **options)
     if write_json is not None:
         write_json(asdict(report))
+    elif isinstance(report, export.ServedReport):
+        _show_served(report, output)
     else:
         _show(report, output, no_base)
+
+
+def _refuse_with_vllm(**used: bool) -> None:
+    for name, value in used.items():
+        if value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be left out with --format vllm: the server needs the whole adapter "
+                "and a base with the marker rows. Remove it."
+            )
 
 
 def _probes(path: Path, adapter: Path, base_model: str | None) -> list[list[int]]:
@@ -95,6 +120,13 @@ def _probes(path: Path, adapter: Path, base_model: str | None) -> list[list[int]
     if not probes:
         raise ValueError(f"--probe must hold at least one chain; got none in {path}. Add rows.")
     return probes
+
+
+def _show_served(report: ServedReport, output: Path) -> None:
+    click.echo(f"adapter of rank {report.rank} (--max-lora-rank {report.served_rank}): {output / 'adapter'}")
+    click.echo(f"base model ({report.dtype}): {output / 'base'}")
+    if report.verified:
+        click.echo(f"largest difference from the step-routed model: {report.largest_difference:.1e}")
 
 
 def _show(report: ExportReport, output: Path, no_base: bool) -> None:

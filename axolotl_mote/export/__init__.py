@@ -7,6 +7,7 @@ scaled. The modules, each importing only those before it:
     folders       adapters and base model on disk
     verification  exported against step-routed logits; drift of re-prefilling
     api           export_adapter
+    served        export_served: base and adapter for a server that routes by step
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from axolotl_mote.export.api import ExportReport as ExportReport
     from axolotl_mote.export.api import export_adapter as export_adapter
+    from axolotl_mote.export.served import ServedReport as ServedReport
+    from axolotl_mote.export.served import export_served as export_served
     from axolotl_mote.export.weights import build_adapter as build_adapter
     from axolotl_mote.export.weights import plan_adapters as plan_adapters
 
-_EXPORTS = {"export_adapter": "api", "ExportReport": "api", "plan_adapters": "weights", "build_adapter": "weights"}
+_EXPORTS = {
+    "export_adapter": "api",
+    "ExportReport": "api",
+    "export_served": "served",
+    "ServedReport": "served",
+    "plan_adapters": "weights",
+    "build_adapter": "weights",
+}
 
-__all__ = ["ExportReport", "build_adapter", "export_adapter", "plan_adapters"]
+__all__ = ["ExportReport", "ServedReport", "build_adapter", "export_adapter", "export_served", "plan_adapters"]
 
 
 def __getattr__(name: str) -> Any:

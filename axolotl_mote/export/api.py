@@ -100,13 +100,13 @@ def export_adapter(
         raise ValueError(f"output must not exist yet; got {output}. Choose another folder or pass --overwrite.")
     config, tensors = read_adapter(adapter_dir)
     base = base_of(config, adapter_dir, base_model)
-    _check_replaceable(output, [adapter_dir, Path(base)])
+    check_replaceable(output, [adapter_dir, Path(base)])
     plans = plan_adapters(config, merge_shared)
     report = ExportReport(merged_shared=merge_shared)
-    recorded = _record(adapter_dir, base, config, dtype, device, probes) if verify else []
+    recorded = record_probes(adapter_dir, base, config, dtype, device, probes) if verify else []
     tokenizer, model = load_tokenizer(adapter_dir, base, config), load_base(base, dtype=dtype)
     check_fits(model, base, {name: tuple(t.shape) for name, t in tensors.items()}, config, adapter_dir)
-    with _writing(output), folder_in_one_rename(output, replace=overwrite) as staging:
+    with writing(output), folder_in_one_rename(output, replace=overwrite) as staging:
         report.dtype = str(model.dtype).removeprefix("torch.")
         report.exact = report.dtype == "float32" or not merge_shared
         write_base(staging / "base", model, tokenizer, config, tensors, merge_shared)
@@ -127,7 +127,7 @@ def export_adapter(
 
 
 @contextmanager
-def _writing(output: Path) -> Iterator[None]:
+def writing(output: Path) -> Iterator[None]:
     """Name the output where a full disk raises errors without a path, some of them of the safetensors library."""
     try:
         yield
@@ -137,7 +137,7 @@ def _writing(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_replaceable(output: Path, used: Sequence[Path]) -> None:
+def check_replaceable(output: Path, used: Sequence[Path]) -> None:
     """Refuse to overwrite anything but an earlier export, or what the export is made from."""
     for path in used:
         if path.exists() and path.resolve().is_relative_to(output.resolve()):
@@ -151,7 +151,7 @@ def _describe(plan: AdapterPlan) -> dict[str, Any]:
     return {"rank": plan.served_rank, "rank_before_padding": plan.rank, "difference": None, "tokens": 0, "drift": None}
 
 
-def _record(
+def record_probes(
     adapter_dir: Path,
     base: str,
     config: MoteConfig,
