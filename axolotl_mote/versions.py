@@ -13,6 +13,7 @@ TESTED = {
     "peft": ">=0.20,<0.22",
     "axolotl": "==0.19.0" if sys.version_info < (3, 12) else ">=0.21,<0.22",
     "inspect_ai": "==0.3.285",
+    "vllm": "==0.32.0",
 }
 """By package; pyproject.toml says the same to pip."""
 

@@ -25,12 +25,12 @@ HOSTS = {"axolotl", "accelerate", "deepspeed", "trl"}
 NAMED_EXCEPTIONS = {("axolotl_mote.chain", "axolotl_mote.training.dataset")}
 """axolotl looks for `load` in the module that `type: axolotl_mote.chain` names; the strategy belongs to training."""
 
-FOREIGN = {"torch", "transformers", "peft", "inspect_ai"} | HOSTS
+FOREIGN = {"torch", "transformers", "peft", "inspect_ai", "vllm"} | HOSTS
 """Libraries whose private names may be used in the compat modules alone."""
 
-COMPAT = {"model.compat", "training.compat", "evaluation.compat"}
+COMPAT = {"model.compat", "training.compat", "evaluation.compat", "serving.compat"}
 
-HEAVY = {"torch", "transformers", "peft", "datasets"} | HOSTS
+HEAVY = {"torch", "transformers", "peft", "datasets", "vllm"} | HOSTS
 
 
 def listed(init: Path) -> list[str]:

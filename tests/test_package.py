@@ -72,7 +72,7 @@ def test_the_commands_run_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> N
 def test_pip_is_told_the_versions_that_were_tested(package: str, repo: Path) -> None:
     project = tomllib.loads((repo / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = project["dependencies"] + extras["train"] + extras["eval"]
+    lines = project["dependencies"] + extras["train"] + extras["eval"] + extras["serve"]
     wanted = [one for one in map(Requirement, lines) if one.name.replace("-", "_") == package]
     here = [one.specifier for one in wanted if not one.marker or one.marker.evaluate()]
     assert here == [SpecifierSet(TESTED[package])]

@@ -10,6 +10,7 @@ The modules, each importing only those before it:
     generate           axolotl mote generate
     chat               axolotl mote chat
     export             axolotl mote export
+    serve              axolotl mote serve
     eval               axolotl mote eval
     judge              axolotl mote judge
     quickstart_report  what the quick start ends with
@@ -37,6 +38,7 @@ _COMMANDS = {
     "eval": "Measure systems on benchmarks: safety, over-refusal, tokens; with a report.",
     "judge": "Measure a judge against human labels.",
     "export": "Write plain PEFT adapters, one per step, and a servable base model.",
+    "serve": "Serve an exported adapter with vLLM, routed by step.",
 }
 
 

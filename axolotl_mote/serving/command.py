@@ -1,0 +1,76 @@
+"""An exported folder to the arguments of ``vllm serve``. No vLLM, no models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from axolotl_mote.export.served import ADAPTER, BASE, FORMAT, REPORT, served_rank
+from axolotl_mote.generation.folder import read_mote_config
+from axolotl_mote.generation.loading import load_tokenizer
+
+PARSER = "mote"
+"""Value of --reasoning-parser."""
+
+PROCESSOR = "axolotl_mote.serving.logits:StepProcessor"
+"""Value of --logits-processors."""
+
+_OURS = ("--reasoning-parser", "--logits-processors", "--enable-lora", "--no-enable-lora", "--model", "--tokenizer")
+"""Flags whose values are fixed."""
+
+
+def serve_arguments(folder: Path, name: str, given: Sequence[str] = ()) -> list[str]:
+    """What follows ``vllm serve``.
+
+    Args:
+        folder: Written by ``axolotl mote export --format vllm``.
+        name: Name that requests give in ``model``.
+        given: Further flags of the user; they replace ours where both are given, except for those that are fixed.
+
+    Returns:
+        The arguments: the base, the adapter under its name, the sizes that it needs, the parser, the step grammar.
+
+    Raises:
+        ValueError: If the folder is not such an export, its files do not fit each other, or a fixed flag is given.
+    """
+    _check_folder(folder)
+    config = read_mote_config(folder / ADAPTER)
+    load_tokenizer(folder / BASE, str(folder / BASE), config)  # the ids of its markers are checked
+    flags = {flag.split("=")[0] for flag in given if flag.startswith("--")}
+    if wrong := sorted(flags & set(_OURS)):
+        raise ValueError(f"{wrong[0]} must be left to `axolotl mote serve`, which sets it. Remove it.")
+    modules, rest = _lora_modules(list(given))
+    loras = [f"{name}={folder / ADAPTER}", *modules]
+    sizes = {
+        "--max-lora-rank": served_rank(config.total_rank),
+        "--max-loras": len(loras) + 1,  # on a CPU vLLM gives requests of the base the last slot: it stays free
+        "--max-cpu-loras": len(loras) + 1,
+        "--served-model-name": "base",
+    }
+    ours = [item for flag, value in sizes.items() if flag not in flags for item in (flag, str(value))]
+    fixed = ["--enable-lora", "--lora-modules", *loras, "--reasoning-parser", PARSER, "--logits-processors", PROCESSOR]
+    return [str(folder / BASE), *fixed, *ours, *rest]
+
+
+def _lora_modules(given: list[str]) -> tuple[list[str], list[str]]:
+    """The user's own values of --lora-modules, and the other flags."""
+    flag = "--lora-modules"
+    if flag not in given:
+        return [], given
+    begin = given.index(flag)
+    end = next((n for n in range(begin + 1, len(given)) if given[n].startswith("--")), len(given))
+    return given[begin + 1 : end], given[:begin] + given[end:]
+
+
+def _check_folder(folder: Path) -> None:
+    report = folder / REPORT
+    try:
+        form = json.loads(report.read_text(encoding="utf-8")).get("format")
+    except (OSError, ValueError, AttributeError):
+        form = None
+    if form != FORMAT:
+        raise ValueError(
+            f"DIR must be a folder that `axolotl mote export --format vllm` wrote; got {folder}. "
+            "Export the adapter first."
+        )
