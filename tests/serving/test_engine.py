@@ -65,10 +65,10 @@ def test_log_probabilities_and_greedy_text_are_those_of_transformers(result, fol
 def test_steps_change_while_decoding(result, folder):
     config = read_mote_config(folder / "adapter")
     changes = 0
-    for row in result["cached"]["rows"]:
+    for row in result["chains"]["rows"]:
         steps = naive_step_ids(row["prompt"] + row["ids"], config)[len(row["prompt"]) :]
         changes += sum(a != b for a, b in pairwise(steps))
-    assert changes >= 3
+    assert changes >= 10
 
 
 def test_a_route_that_is_late_by_one_token_would_show(folder, result):
@@ -130,6 +130,5 @@ def test_chains_are_those_of_generate_chain_in_every_mode_of_one_batch(result, f
             chain = generate_chain(model, tokenizer, messages, mode, max_new_tokens=40, step_limits=9)
             assert row["ids"][: len(chain.token_ids)] == list(chain.token_ids), (text, mode)
             assert len(row["ids"]) - len(chain.token_ids) in (0, 1)  # the stop token
-        row = next(rows)
-        assert row["asked"] is None
+        row = next(rows)  # one that asked for nothing
         assert logits(folder, row)[len(row["prompt"]) - 1 : -1].argmax(-1).tolist() == row["ids"]
