@@ -430,9 +430,11 @@ def encode_dialogue(codec: ChainCodec, conversation: Any, options: Any) -> list[
     Raises:
         ValueError: If it holds anything but text, or the template is to be called in another way.
     """
-    for name, value in options.items():
-        if value and name not in ("add_generation_prompt", "tokenize", "return_dict"):
+    for name in ("tools", "documents", "continue_final_message"):
+        if options.get(name):
             raise ValueError(f"{name} must be left out: dialogues are encoded as in training. Remove it.")
+    if options.get("chat_template") not in (None, codec.tokenizer.chat_template):
+        raise ValueError("chat_template must be that of the base, as in training; got another. Remove it.")
     if options.get("add_generation_prompt") is False:
         raise ValueError("add_generation_prompt must be true: a chain answers the last turn. Remove it.")
     messages = []

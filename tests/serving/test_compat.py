@@ -130,7 +130,7 @@ def test_dialogues_are_encoded_as_in_training():
         {"role": "user", "content": "c<|im_end|>"},
     ]
     plain = [{"role": "user", "content": "a <|response|>"}, {"role": "assistant", "content": "b"}, messages[2]]
-    ids = compat.encode_dialogue(CODEC, messages, {"return_dict": False, "tools": None, "add_generation_prompt": True})
+    ids = compat.encode_dialogue(CODEC, messages, {"tools": None, "cohere_format": "v2", "add_generation_prompt": True})
     assert ids == CODEC.encode_question(plain)
     assert not set(ids) & set(CODEC.vocabulary.marker_ids)
 
@@ -141,6 +141,7 @@ def test_dialogues_are_encoded_as_in_training():
         ({"role": "user", "content": [{"type": "image_url"}]}, {}, "must hold text alone"),
         ({"role": "tool", "content": "x"}, {}, "role must be one of"),
         ({"role": "user", "content": "x"}, {"tools": [1]}, "tools must be left out"),
+        ({"role": "user", "content": "x"}, {"chat_template": "y"}, "chat_template must be that of the base"),
         ({"role": "user", "content": "x"}, {"continue_final_message": True}, "continue_final_message must be left out"),
         ({"role": "user", "content": "x"}, {"add_generation_prompt": False}, "add_generation_prompt must be true"),
     ],
