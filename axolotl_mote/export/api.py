@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from axolotl_mote.export.folders import read_adapter, write_adapter, write_base
+from axolotl_mote.export.folders import load_written_base, read_adapter, write_adapter, write_base
 from axolotl_mote.export.verification import Drift, Probe, differences, drifts, make_probes
 from axolotl_mote.export.weights import AdapterPlan, plan_adapters
 from axolotl_mote.files import folder_in_one_rename, write_atomically
@@ -225,18 +225,8 @@ def _verify(
 
 
 def _load_exported(folder: Path, plans: list[AdapterPlan], device: str | None) -> PeftModel | PreTrainedModel:
-    """The exported base model with all adapters; without any if no step needs one.
-
-    Raises:
-        ValueError: If transformers cannot load the base model again, now that its tables hold the markers.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    except RuntimeError as error:  # tensors of other sizes than the configuration says
-        raise ValueError(
-            f"exported base must load again in its new size; got {error}. Nothing was written. transformers cannot "
-            "resize this family's tables. Use load_mote."
-        ) from error
+    """The exported base model with all adapters; without any if no step needs one."""
+    model: Any = load_written_base(folder / "base", torch.float32)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for plan in plans:
         if not plan.rank:

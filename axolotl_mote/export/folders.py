@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from axolotl_mote.export.weights import AdapterPlan, build_adapter, marker_rows, shared_updates
 from axolotl_mote.generation.folder import read_mote_config, read_tensors
@@ -119,3 +120,19 @@ def _merge_shared(model: PreTrainedModel, config: MoteConfig, tensors: Mapping[s
                 f"{tuple(getattr(weight, 'shape', ()))} at {name}. Export from the unquantized base model."
             )
         weight.copy_((weight.float() + update.to(weight.device)).to(weight.dtype))
+
+
+def load_written_base(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load what ``write_base`` wrote.
+
+    Raises:
+        ValueError: If transformers cannot load it again, now that its tables hold the markers.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except RuntimeError as error:  # tensors of other sizes than the configuration says
+        raise ValueError(
+            f"exported base must load again in its new size; got {error}. Nothing was written. transformers cannot "
+            "resize this family's tables. Use load_mote."
+        ) from error
+    return model

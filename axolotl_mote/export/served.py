@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from axolotl_mote.export.api import TOLERANCE, check_replaceable, record_probes, writing
-from axolotl_mote.export.folders import read_adapter, write_base
+from axolotl_mote.export.folders import load_written_base, read_adapter, write_base
 from axolotl_mote.export.verification import Probe, make_probes
 from axolotl_mote.export.weights import LORA_A, SERVED_RANKS, largest_difference, marker_rows
 from axolotl_mote.files import folder_in_one_rename, write_atomically
@@ -196,13 +195,7 @@ def _verify(
 @torch.no_grad()
 def _row_differences(base: Path, config: MoteConfig, tensors: Mapping[str, Tensor]) -> list[float]:
     """Largest difference of the marker rows of the written embedding, and of the head, from the adapter's."""
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    except RuntimeError as error:  # tensors of other sizes than the configuration says
-        raise ValueError(
-            f"exported base must load again in its new size; got {error}. Nothing was written. transformers cannot "
-            "resize this family's tables. Use load_mote."
-        ) from error
+    model: Any = load_written_base(base, "auto")
     tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     return [
         largest_difference(table[config.marker_ids], rows.to(table.dtype))

@@ -25,7 +25,7 @@ from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.export.served import check_can_be_gated, served_rank
 from axolotl_mote.generation.folder import WEIGHTS
 from axolotl_mote.serving.gate import Gate
-from axolotl_mote.serving.routes import Route, Scheduled
+from axolotl_mote.serving.routes import MAX_STEPS, Route, Scheduled
 from axolotl_mote.versions import TESTED
 
 _WRAPPER = "self, max_num_batched_tokens, max_batches, device, kwargs"
@@ -162,8 +162,13 @@ def refuse_options(vllm_config: Any, route: Route) -> None:
     """Refuse what was not tested with MoTE adapters, when one is loaded.
 
     Raises:
-        ValueError: If one of these options is on, or the rank does not fit.
+        ValueError: If one of these options is on, or the rank or the number of steps does not fit.
     """
+    if route.num_steps > MAX_STEPS:
+        raise ValueError(
+            f"an adapter must have at most {MAX_STEPS} steps to be served; got {route.num_steps}. Use "
+            "`axolotl-mote generate`."
+        )
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     used = {
         "--tensor-parallel-size above 1": parallel.tensor_parallel_size > 1,

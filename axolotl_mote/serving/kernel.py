@@ -11,9 +11,6 @@ import torch
 from torch import Tensor
 from vllm.triton_utils import tl, triton
 
-MAX_STEPS = 15
-"""A place and its step share one number, four bits of it for the step."""
-
 
 @triton.jit
 def _larger(a, b):  # type: ignore[no-untyped-def]
@@ -64,7 +61,8 @@ def _route(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, BLOCK)
     begin = tl.load(first_ptr + request)
     count = tl.load(first_ptr + request + 1) - begin
-    # The last start marker so far is (its place, its step) in one number, 16 * place + step; the carry is at place 0.
+    # The last start marker so far is (its place, its step) in one number, 16 * place + step, hence MAX_STEPS; the carry
+    # is at place 0.
     last = _carry(row_ptr, computed, markers_ptr, STEPS, BLOCK)
     closes_before = tl.full((), 0, tl.int32)  # end markers that closed something, in all blocks so far
     closes_at_start = tl.full((), 0, tl.int32)  # the same when the last start marker came
@@ -96,7 +94,7 @@ def route_tokens(
     """Step of every scheduled token.
 
     Args:
-        markers: Start and end id of each step, (2S,), S at most ``MAX_STEPS``.
+        markers: Start and end id of each step, (2S,), S at most ``routes.MAX_STEPS``.
         tokens: Scheduled tokens, request after request, (T,).
         first: Index of each request's first token, and T, (N + 1,).
         history: Token ids of every request that the engine holds, (rows, L).

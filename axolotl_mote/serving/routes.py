@@ -21,6 +21,9 @@ from axolotl_mote.model.routing import gate_table, step_ids_from_tokens
 
 NO_TOKEN = -1
 
+MAX_STEPS = 15
+"""The V2 runner's kernel keeps a place and its step in one number, four bits of it for the step."""
+
 
 @functools.lru_cache(maxsize=64)
 def _on(device: torch.device, ids: tuple[int, ...]) -> Tensor:

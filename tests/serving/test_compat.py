@@ -15,7 +15,7 @@ from vllm.lora.peft_helper import PEFTHelper
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.serving import compat
 from axolotl_mote.serving.logits import StepProcessor
-from axolotl_mote.serving.routes import Route
+from axolotl_mote.serving.routes import MAX_STEPS, Route
 
 ROUTE = Route.from_config(mote_config(marker_ids=[4, 5, 6, 7, 8, 9]))
 
@@ -74,6 +74,15 @@ def test_what_was_not_tested_is_refused(values, message):
     compat.refuse_options(config(), ROUTE)
     with pytest.raises(ValueError, match=message):
         compat.refuse_options(config(**values), ROUTE)
+
+
+def test_more_steps_than_the_kernel_can_hold_are_refused():
+    def route(count):
+        return Route.from_config(mote_config(steps=[f"s{n}" for n in range(count)], marker_ids=list(range(2 * count))))
+
+    compat.refuse_options(config(max_lora_rank=512), route(MAX_STEPS))
+    with pytest.raises(ValueError, match="at most 15 steps"):
+        compat.refuse_options(config(max_lora_rank=512), route(MAX_STEPS + 1))
 
 
 def test_vllm_without_the_plugin_refuses_the_adapter(tmp_path):
