@@ -18,6 +18,7 @@ REQUESTS = [
     ({"steps": ["analysis", "response"], "step_limit": 3}, None),
     ({"steps": ["analysis", "guidance", "response"]}, 30),
     ({"steps": "adaptive", "step_limit": 2}, 12),
+    ({"steps": "adaptive"}, 7),  # no room for every step that may follow
 ]
 
 

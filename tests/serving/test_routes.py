@@ -81,3 +81,13 @@ def test_route_is_read_from_a_mote_folder_alone(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(values | {"marker_ids": [4, 4, 6, 7, 8, 9]}))
     with pytest.raises(ValueError, match="marker_ids must hold 6 different ids"):
         Route.from_folder(tmp_path)
+
+
+def test_the_gate_weights_what_every_platform_hands_over():
+    gate = Gate(8, 4, "cpu")
+    gate.rows.copy_(torch.arange(32.0).reshape(8, 4))
+    one_tensor, slices = torch.ones(2, 3, 4), (torch.ones(3, 4), torch.ones(3, 4))
+    gate.multiply(one_tensor)
+    gate.multiply(slices)
+    for part in (*one_tensor, *slices):
+        assert torch.equal(part, gate.rows[:3])
