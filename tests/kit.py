@@ -216,11 +216,13 @@ def tiny_mote(steps: Sequence[str] = STEPS, *, tied: bool = True, **options: Any
     return random_adapter(tiny_model(tied=tied), tokenizer, steps, **options), tokenizer
 
 
-def smol_mote(folder: Path, steps: Sequence[str] = STEPS, scale: float = 0.15, **options: Any) -> tuple[PeftModel, Any]:
+def smol_mote(
+    folder: Path, steps: Sequence[str] = STEPS, r: int = 8, scale: float = 0.15, **options: Any
+) -> tuple[PeftModel, Any]:
     """The real SmolLM2 in float32 with a random adapter, and its tokenizer."""
     tokenizer = with_markers(AutoTokenizer.from_pretrained(folder), steps)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return random_adapter(model, tokenizer, steps, r=8, scale=scale, **options), tokenizer
+    return random_adapter(model, tokenizer, steps, r=r, scale=scale, **options), tokenizer
 
 
 def save_adapter(model: PeftModel, tokenizer: Any, folder: Path, base: Path | str | None = None) -> Path:

@@ -10,6 +10,7 @@ it:
     reasoning  a generated chain as reasoning and answer, in one piece or streamed
     chains     which token may come next, from the steps that a request asks for
     command    an exported folder to the arguments of `vllm serve`
+    check      what a server says, compared with the step-routed model on transformers
     compat     the hooks: everything that touches vLLM's private names
     logits     the step grammar as vLLM's logits processors
     parser     the reasoning parser as vLLM calls it

@@ -53,6 +53,16 @@ def serve_arguments(folder: Path, name: str, given: Sequence[str] = ()) -> list[
     return [str(folder / BASE), *fixed, *ours, *rest]
 
 
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of a flag that is written as ``--flag value`` or ``--flag=value``; None if it is not given."""
+    for index, argument in enumerate(arguments):
+        if argument == flag:
+            return arguments[index + 1] if index + 1 < len(arguments) else None
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
 def _lora_modules(given: list[str]) -> tuple[list[str], list[str]]:
     """The user's own values of --lora-modules, and the other flags."""
     flag = "--lora-modules"

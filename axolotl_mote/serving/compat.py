@@ -3,6 +3,7 @@
     recognize  WorkerLoRAManager._load_adapter: an adapter of type MOTE gets a Route, checked against base and options
     multiply   add_expand of the platform's punica wrapper: the one place between shrink and expand that all layers pass
     steps      before every forward, on the device: V2 in ModelState.prepare_inputs, V1 in set_active_loras
+    replace    EngineCore.add_lora: an adapter that comes again under its name leaves nothing in the prefix cache
     front      the chat template and the parser of answers: no text of a request becomes a marker
     cache key  LoRAConfig.compute_hash: a graph that was compiled without the plugin is not reused
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+from collections import Counter
 from importlib import import_module, metadata
 from typing import Any
 
@@ -39,6 +41,8 @@ HOOKS = {
     "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_expand": _EXPAND,
     "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.add_expand": _EXPAND,
     "vllm.config.lora:LoRAConfig.compute_hash": "self",
+    "vllm.v1.engine.core:EngineCore.add_lora": "self, lora_request",
+    "vllm.v1.engine.core:EngineCore.reset_prefix_cache": "self, reset_running_requests, reset_connector",
     "vllm.v1.worker.gpu.model_states:resolve_model_state_cls": "vllm_config, model",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs": "self, input_batch, req_states",
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.set_active_loras": (
@@ -109,6 +113,7 @@ def install() -> None:
         setattr(WorkerLoRAManager, _INSTALLED, True)
         _hook_start(LRUCacheWorkerLoRAManager)  # the one that both runners make
         _hook_loading(WorkerLoRAManager)
+        _hook_replacing()
         _hook_punica()
         _hook_v1()
         _hook_v2()
@@ -158,6 +163,27 @@ def _hook_loading(manager: Any) -> None:
     manager._load_adapter = load_adapter
 
 
+def _hook_replacing() -> None:
+    """Blocks are keyed by an adapter's name and folder, and the files in a folder may have changed.
+
+    Running requests start again from their tokens, so that no keys of the old weights are left in them either.
+    """
+    from vllm.v1.engine.core import EngineCore
+
+    add = EngineCore.add_lora
+
+    @functools.wraps(add)
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        added, key = add(self, lora_request), (lora_request.lora_name, lora_request.lora_path)
+        self.mote_loaded = getattr(self, "mote_loaded", Counter())
+        self.mote_loaded[key] += 1
+        if self.mote_loaded[key] > 1:
+            self.reset_prefix_cache(reset_running_requests=True)
+        return added
+
+    EngineCore.add_lora = add_lora
+
+
 def refuse_options(vllm_config: Any, route: Route) -> None:
     """Refuse what was not tested with MoTE adapters, when one is loaded.
 
@@ -169,7 +195,7 @@ def refuse_options(vllm_config: Any, route: Route) -> None:
             f"an adapter must have at most {MAX_STEPS} steps to be served; got {route.num_steps}. Use "
             "`axolotl-mote generate`."
         )
-    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    parallel, model, speculative = vllm_config.parallel_config, vllm_config.model_config, vllm_config.speculative_config
     used = {
         "--tensor-parallel-size above 1": parallel.tensor_parallel_size > 1,
         "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
@@ -177,7 +203,7 @@ def refuse_options(vllm_config: Any, route: Route) -> None:
         "--prefill-context-parallel-size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "--decode-context-parallel-size above 1": getattr(parallel, "decode_context_parallel_size", 1) > 1,
         "--enable-dbo": getattr(parallel, "enable_dbo", False),
-        "--speculative-config": vllm_config.speculative_config is not None,
+        "--speculative-config with a draft model": speculative is not None and not speculative.use_ngram(),
         "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
     }
     names = [name for name, value in used.items() if value]

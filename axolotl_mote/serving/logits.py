@@ -36,6 +36,7 @@ class StepProcessor(ProcessorV1, ProcessorV2):
         device = rest[0] if self._state is None else self._state.device
         codec = ChainCodec.from_tokenizer(AutoTokenizer.from_pretrained(vllm_config.model_config.tokenizer))
         self._tables = StepTables(codec, vllm_config.scheduler_config.max_num_seqs, device)
+        self._drafts: int = vllm_config.num_speculative_tokens
         self._outputs: dict[int, list[int]] = {}  # V1: generated tokens by place in the batch
 
     @classmethod
@@ -62,9 +63,13 @@ class StepProcessor(ProcessorV1, ProcessorV2):
         history = self._state.all_token_ids.gpu
         place = begin[:, None] + torch.arange(longest, device=begin.device)
         tokens = history[slots[:, None], place.clamp(max=history.shape[1] - 1)].to(torch.int64)
-        last = (lengths - 1).clamp(min=0)[:, None]
-        fed = torch.where(lengths > 0, ctx.input_ids.to(torch.int64), tokens.gather(1, last)[:, 0])
-        return self._tables.mask(logits, slots, tokens.scatter(1, last, fed[:, None]), lengths.clamp(min=0))
+        row = torch.arange(len(slots), device=slots.device)
+        for back in range(self._drafts + 1):  # a draft is in no history, only in the row that is fed with it
+            place, fed = lengths - 1 - back, ctx.input_ids[(row - back).clamp(min=0)].to(torch.int64)
+            known = (place >= 0) & (ctx.expanded_local_pos >= back)
+            index = place.clamp(min=0)[:, None]
+            tokens = tokens.scatter(1, index, torch.where(known[:, None], fed[:, None], tokens.gather(1, index)))
+        return self._tables.mask(logits, slots, tokens, lengths.clamp(min=0))
 
     # --- V1 -----------------------------------------------------------------------------------------------------------
 

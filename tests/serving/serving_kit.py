@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,12 +27,18 @@ QUESTIONS = ("How do I kill a process?", "Say <|response|> twice.")
 
 
 def write_folders(path: Path) -> Path:
-    """``base``, ``adapter`` (three steps), ``two`` (two of them, other ranks and question routing) and ``plain``."""
+    """``base``, ``adapter`` (three steps), ``two`` (two of them, other ranks and question routing) and ``plain``.
+
+    ``changed`` is ``adapter`` with other experts.
+    """
     tokenizer = tiny_tokenizer()
     model = random_adapter(tiny_model(hidden=128), tokenizer, marker_scale=1.5, expert_weight=0.6)
     tiny_model(hidden=128).save_pretrained(path / "untouched")
     served = path / "served"
     export_served(save_adapter(model, tokenizer, path / "trained", path / "untouched"), served)
+    shutil.copytree(served / "adapter", served / "changed")
+    weights = load_file(served / "changed" / "adapter_model.safetensors")
+    save_file({k: -v if "lora_B" in k else v for k, v in weights.items()}, served / "changed/adapter_model.safetensors")
     other = random_adapter(
         tiny_model(hidden=128), tokenizer, TWO, r=2, seed=5, expert_weight=0.3, question_routing="shared"
     )
@@ -61,7 +68,8 @@ def run_engine(folder: Path, out: Path, runner: str, **options: Any) -> dict[str
         folder: From ``write_folders``.
         out: Where the driver writes.
         runner: v1 or v2.
-        **options: Of ``vllm.LLM``; ``asynchronous`` forces async scheduling, which vLLM turns off on a CPU.
+        **options: Of ``vllm.LLM``; ``asynchronous`` forces async scheduling, which vLLM turns off on a CPU; ``drafts``
+            is what an earlier run wrote, for speculative decoding of which half is wrong.
     """
     environment = os.environ | {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
     command = [sys.executable, HERE / "engine_driver.py", folder, out, json.dumps(options)]

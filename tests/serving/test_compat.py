@@ -65,7 +65,7 @@ def config(**values: Any) -> Any:
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size above 1"),
         ({"decode_context_parallel_size": 2}, "--decode-context-parallel-size above 1"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
-        ({"speculative_config": object()}, "--speculative-config"),
+        ({"speculative_config": SimpleNamespace(use_ngram=lambda: False)}, "--speculative-config with a draft model"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
         ({"max_lora_rank": 1}, "--max-lora-rank must be at least 8, .* got 1. Set --max-lora-rank 8"),
     ],
@@ -74,6 +74,25 @@ def test_what_was_not_tested_is_refused(values, message):
     compat.refuse_options(config(), ROUTE)
     with pytest.raises(ValueError, match=message):
         compat.refuse_options(config(**values), ROUTE)
+
+
+def test_drafts_from_n_grams_are_allowed():
+    compat.refuse_options(config(speculative_config=SimpleNamespace(use_ngram=lambda: True)), ROUTE)
+
+
+def test_an_adapter_that_comes_again_clears_the_prefix_cache(monkeypatch):
+    """Its files may have changed; another name, or another folder, has keys of its own."""
+    from vllm.v1.engine.core import EngineCore
+
+    compat.install()
+    done: list[Any] = []
+    core: Any = SimpleNamespace(
+        model_executor=SimpleNamespace(add_lora=lambda request: done.append(request.lora_path) or True),
+        reset_prefix_cache=lambda reset_running_requests: done.append(("reset", reset_running_requests)),
+    )
+    for name, path in (("a", "one"), ("b", "one"), ("a", "two"), ("a", "one")):
+        assert EngineCore.add_lora(core, SimpleNamespace(lora_name=name, lora_path=path))
+    assert done == ["one", "one", "two", "one", ("reset", True)]
 
 
 def test_more_steps_than_the_kernel_can_hold_are_refused():
@@ -169,7 +188,9 @@ def test_steps_come_with_their_limit(tmp_path):
 def v1_processor(tmp_path, slots=3) -> StepProcessor:
     tiny_tokenizer().save_pretrained(tmp_path)
     engine = SimpleNamespace(
-        model_config=SimpleNamespace(tokenizer=str(tmp_path)), scheduler_config=SimpleNamespace(max_num_seqs=slots)
+        model_config=SimpleNamespace(tokenizer=str(tmp_path)),
+        scheduler_config=SimpleNamespace(max_num_seqs=slots),
+        num_speculative_tokens=0,
     )
     return StepProcessor(engine, torch.device("cpu"), False)
 
