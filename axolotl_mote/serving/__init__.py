@@ -11,10 +11,11 @@ it:
     chains     which token may come next, from the steps that a request asks for
     command    an exported folder to the arguments of `vllm serve`
     check      what a server says, compared with the step-routed model on transformers
+    refusals   what the engine would answer wrongly: options, adapters, requests
     compat     the hooks: everything that touches vLLM's private names
     logits     the step grammar as vLLM's logits processors
     parser     the reasoning parser as vLLM calls it
     plugin     entry point of group vllm.general_plugins
 
-Only kernel, compat, logits, parser and plugin need vLLM.
+Only kernel, refusals, compat, logits, parser and plugin need vLLM.
 """

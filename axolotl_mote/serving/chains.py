@@ -22,6 +22,11 @@ from axolotl_mote.model.routing import marker_kinds, step_ids_from_kinds
 STEPS, LIMIT = "steps", "step_limit"
 """What a request asks for: "adaptive" or the names of its steps; the most text tokens of a step."""
 
+CONTRADICTING = ("allowed_token_ids", "bad_words", "min_tokens", "structured_outputs")
+"""Parameters of sampling that could leave no token of a valid chain."""
+
+CONTRADICTION = "{} must be left out of a request with steps; a chain has its own form. Remove it."
+
 
 def check_request(values: Mapping[str, Any], vocabulary: StepVocabulary, max_tokens: int | None) -> None:
     """Check what a request asks for before it is admitted.
@@ -37,17 +42,22 @@ def check_request(values: Mapping[str, Any], vocabulary: StepVocabulary, max_tok
     _plan_and_budget(values, vocabulary, max_tokens)
 
 
+def requested_steps(values: Mapping[str, Any]) -> Any:
+    """What a request calls its steps: "adaptive", a list of names, or anything that is wrong."""
+    steps = values[STEPS]
+    return parse_form(steps) if isinstance(steps, str) and steps != ADAPTIVE else steps
+
+
 def _plan_and_budget(values: Mapping[str, Any], vocabulary: StepVocabulary, max_tokens: int | None) -> tuple[Any, Any]:
-    steps, limit = values[STEPS], values.get(LIMIT)
-    names = parse_form(steps) if isinstance(steps, str) and steps != ADAPTIVE else steps
+    steps, limit, names = values[STEPS], values.get(LIMIT), requested_steps(values)
     if isinstance(names, Sequence) and CHECK in names:
         raise ValueError("steps must not hold 'check' at a server. Use `axolotl mote generate --check`.")
     if not isinstance(names, str) and not (
         isinstance(names, list) and all(isinstance(n, str) for n in names) and names
     ):
         raise ValueError(f"steps must be 'adaptive' or a list of step names; got {steps!r}. Correct it.")
-    if limit is not None and type(limit) is not int:
-        raise ValueError(f"step_limit must be a whole number; got {limit!r}. Correct it.")
+    if limit is not None and not (type(limit) is int and limit <= UNLIMITED):
+        raise ValueError(f"step_limit must be a whole number up to {UNLIMITED}; got {limit!r}. Correct it.")
     plan = make_plan(names, vocabulary)
     return plan, make_budget(plan, vocabulary, UNLIMITED if max_tokens is None else max_tokens, limit)
 

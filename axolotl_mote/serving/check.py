@@ -130,9 +130,10 @@ class CheckReport:
         found = {
             f"{len(self.misread)} prompts are not those of training": bool(self.misread),
             f"log-probabilities differ by up to {float(self.right.max()):.2g}, more than {limit}": bool(
-                limit and self.right.max() > limit
+                limit and not self.right.max() <= limit
             ),
-            f"log-probabilities differ by {share:.0%} of what a late route does, more than {SHARE:.0%}": share > SHARE,
+            f"log-probabilities differ by {share:.0%} of what a late route does, more than {SHARE:.0%}": not share
+            <= SHARE,
             f"{len(self.different)} chains are not those of generate_chain": bool(limit and self.different),
         }
         return [text for text, is_fault in found.items() if is_fault]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from axolotl_mote.export.served import ADAPTER, BASE, FORMAT, REPORT, served_rank
-from axolotl_mote.generation.folder import read_mote_config
+from axolotl_mote.generation.folder import read_mote_config, read_shapes
 from axolotl_mote.generation.loading import load_tokenizer
 
 PARSER = "mote"
@@ -35,12 +36,16 @@ def serve_arguments(folder: Path, name: str, given: Sequence[str] = ()) -> list[
         ValueError: If the folder is not such an export, its files do not fit each other, or a fixed flag is given.
     """
     _check_folder(folder)
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise ValueError("VLLM_USE_RUST_FRONTEND must be off: it does not keep text from becoming markers. Unset it.")
     config = read_mote_config(folder / ADAPTER)
+    read_shapes(folder / ADAPTER, config)
     load_tokenizer(folder / BASE, str(folder / BASE), config)  # the ids of its markers are checked
+    given = [_dashed(argument) for argument in given]
     flags = {flag.split("=")[0] for flag in given if flag.startswith("--")}
     if wrong := sorted(flags & set(_OURS)):
         raise ValueError(f"{wrong[0]} must be left to `axolotl mote serve`, which sets it. Remove it.")
-    modules, rest = _lora_modules(list(given))
+    modules, rest = _lora_modules(given)
     loras = [f"{name}={folder / ADAPTER}", *modules]
     sizes = {
         "--max-lora-rank": served_rank(config.total_rank),
@@ -48,9 +53,17 @@ def serve_arguments(folder: Path, name: str, given: Sequence[str] = ()) -> list[
         "--max-cpu-loras": len(loras) + 1,
         "--served-model-name": "base",
     }
+    if not any(flag.startswith("--structured-outputs-config") for flag in flags):
+        sizes["--structured-outputs-config.enable_in_reasoning"] = "true"  # a request without steps may have a format
     ours = [item for flag, value in sizes.items() if flag not in flags for item in (flag, str(value))]
     fixed = ["--enable-lora", "--lora-modules", *loras, "--reasoning-parser", PARSER, "--logits-processors", PROCESSOR]
     return [str(folder / BASE), *fixed, *ours, *rest]
+
+
+def _dashed(argument: str) -> str:
+    """A flag as vLLM reads it: underscores are dashes."""
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else argument
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:

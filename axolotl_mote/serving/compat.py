@@ -1,10 +1,10 @@
 """The hooks in vLLM, and the only place that uses its private names. Tested with the versions in ``versions.TESTED``.
 
-    recognize  WorkerLoRAManager._load_adapter: an adapter of type MOTE gets a Route, checked against base and options
+    recognize  WorkerLoRAManager._load_adapter: an adapter of type MOTE gets a Route; `refusals` checks it
     multiply   add_expand of the platform's punica wrapper: the one place between shrink and expand that all layers pass
     steps      before every forward, on the device: V2 in ModelState.prepare_inputs, V1 in set_active_loras
-    replace    EngineCore.add_lora: an adapter that comes again under its name leaves nothing in the prefix cache
-    front      the chat template and the parser of answers: no text of a request becomes a marker
+    replace    add_lora of engine and runner: an adapter that comes again under its name leaves no cached prefix
+    front      messages, chat template, parameters, parser of answers: no text becomes a marker, only valid chains
     cache key  LoRAConfig.compute_hash: a graph that was compiled without the plugin is not reused
 
 Every hook's parameters are compared with those that were tested before anything is changed.
@@ -12,25 +12,32 @@ Every hook's parameters are compared with those that were tested before anything
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
-from collections import Counter
 from importlib import import_module, metadata
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from axolotl_mote.chain.codec import ChainCodec
-from axolotl_mote.export.served import check_can_be_gated, served_rank
-from axolotl_mote.generation.folder import WEIGHTS
+from axolotl_mote.serving.chains import STEPS
 from axolotl_mote.serving.gate import Gate
-from axolotl_mote.serving.routes import MAX_STEPS, Route, Scheduled
+from axolotl_mote.serving.refusals import (
+    check_adapter,
+    check_layers,
+    check_rows,
+    check_sampling,
+    refuse_groups,
+    refuse_options,
+)
+from axolotl_mote.serving.routes import Route, Scheduled
 from axolotl_mote.versions import TESTED
 
 _WRAPPER = "self, max_num_batched_tokens, max_batches, device, kwargs"
+_MESSAGES = "messages, model_config, content_format, media_io_kwargs, mm_processor_kwargs"
 _EXPAND = "self, y, x, lora_b_stacked, output_slices, offset_start, add_inputs, kwargs"
 
 HOOKS = {
@@ -41,6 +48,12 @@ HOOKS = {
     "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_expand": _EXPAND,
     "vllm.lora.punica_wrapper.punica_gpu:PunicaWrapperGPU.add_expand": _EXPAND,
     "vllm.config.lora:LoRAConfig.compute_hash": "self",
+    "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager._apply_adapters": "self, lora_requests",
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.add_lora": "self, lora_request",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
+        "self, request_id, prompt, params, supported_tasks, arrival_time, lora_request, tokenization_kwargs, "
+        "trace_headers, priority, data_parallel_rank, resumable, session_id, kv_hints"
+    ),
     "vllm.v1.engine.core:EngineCore.add_lora": "self, lora_request",
     "vllm.v1.engine.core:EngineCore.reset_prefix_cache": "self, reset_running_requests, reset_connector",
     "vllm.v1.worker.gpu.model_states:resolve_model_state_cls": "vllm_config, model",
@@ -51,6 +64,8 @@ HOOKS = {
     "vllm.parser.abstract_parser:DelegatingParser.parse": (
         "self, model_output, request, enable_auto_tools, model_output_token_ids"
     ),
+    "vllm.renderers.hf:parse_chat_messages": _MESSAGES,
+    "vllm.renderers.hf:parse_chat_messages_async": _MESSAGES,
     "vllm.renderers.hf:safe_apply_chat_template": (
         "model_config, tokenizer, conversation, tools, chat_template, tokenize, kwargs"
     ),
@@ -59,6 +74,7 @@ HOOKS = {
 
 _INSTALLED = "mote_installed"
 _MARKER_ROWS = "lora_marker_rows"
+_TEXTS = "messages must hold text alone for a model with steps. Remove the other parts."
 _CACHE_KEY = "-mote-1"
 
 
@@ -113,7 +129,7 @@ def install() -> None:
         setattr(WorkerLoRAManager, _INSTALLED, True)
         _hook_start(LRUCacheWorkerLoRAManager)  # the one that both runners make
         _hook_loading(WorkerLoRAManager)
-        _hook_replacing()
+        _hook_adding()
         _hook_punica()
         _hook_v1()
         _hook_v2()
@@ -124,7 +140,7 @@ def install() -> None:
 
 
 def _hook_start(manager: Any) -> None:
-    create = manager.create_lora_manager
+    create, apply = manager.create_lora_manager, manager._apply_adapters
 
     @functools.wraps(create)
     def create_lora_manager(self: Any, model: Any, vllm_config: Any) -> Any:
@@ -133,7 +149,15 @@ def _hook_start(manager: Any) -> None:
         self_check(self._adapter_manager)
         return made
 
-    manager.create_lora_manager = create_lora_manager
+    @functools.wraps(apply)
+    def apply_adapters(self: Any, lora_requests: Any) -> None:
+        """Before a forward: what was loaded in place once is not read from its files again and again."""
+        known = {copy.copy(one) for one in lora_requests if one}
+        for one in known:
+            one.load_inplace = False
+        apply(self, known)
+
+    manager.create_lora_manager, manager._apply_adapters = create_lora_manager, apply_adapters
 
 
 def _hook_loading(manager: Any) -> None:
@@ -143,10 +167,12 @@ def _hook_loading(manager: Any) -> None:
     def load_adapter(self: Any, lora_request: Any) -> Any:
         from vllm.lora.utils import get_adapter_absolute_path
 
-        folder, model = get_adapter_absolute_path(lora_request.lora_path), self._adapter_manager.model
+        manager, served = self._adapter_manager, self.mote_vllm_config.model_config
+        folder, model = get_adapter_absolute_path(lora_request.lora_path), manager.model
         route = Route.from_folder(folder) if os.path.isdir(folder) else None
         if route is not None:
             refuse_options(self.mote_vllm_config, route)
+            check_adapter(folder, str(served.model), served.hf_config)
             check_rows(model, route, folder)
             kept = getattr(model, "lora_skip_prefixes", None) or []
             model.lora_skip_prefixes = [*kept, _MARKER_ROWS]  # the base has these rows; vLLM refuses their names
@@ -154,7 +180,9 @@ def _hook_loading(manager: Any) -> None:
                 lora = load(self, lora_request)
             finally:
                 model.lora_skip_prefixes = kept
-            check_can_be_gated(lora.loras)
+            wrapper, _ = _language_wrapper(manager)
+            gated = [name for name, module in manager.modules.items() if module.punica_wrapper is wrapper]
+            check_layers(lora.loras, gated, manager.packed_modules, served.use_mla)
         else:
             lora = load(self, lora_request)
         lora.mote_route = route
@@ -163,85 +191,34 @@ def _hook_loading(manager: Any) -> None:
     manager._load_adapter = load_adapter
 
 
-def _hook_replacing() -> None:
-    """Blocks are keyed by an adapter's name and folder, and the files in a folder may have changed.
+def _hook_adding() -> None:
+    """An adapter that comes again clears the prefix cache: its name is part of a block's key, its weights are not.
 
     Running requests start again from their tokens, so that no keys of the old weights are left in them either.
     """
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
     add = EngineCore.add_lora
 
     @functools.wraps(add)
     def add_lora(self: Any, lora_request: Any) -> Any:
-        added, key = add(self, lora_request), (lora_request.lora_name, lora_request.lora_path)
-        self.mote_loaded = getattr(self, "mote_loaded", Counter())
-        self.mote_loaded[key] += 1
-        if self.mote_loaded[key] > 1:
+        added = add(self, lora_request)
+        self.mote_loaded = getattr(self, "mote_loaded", set())
+        if lora_request.lora_name in self.mote_loaded:
             self.reset_prefix_cache(reset_running_requests=True)
+        self.mote_loaded.add(lora_request.lora_name)
         return added
 
-    EngineCore.add_lora = add_lora
+    add_on_runner = LoRAModelRunnerMixin.add_lora
 
+    @functools.wraps(add_on_runner)
+    def add_lora_on_runner(self: Any, lora_request: Any) -> Any:
+        if not self.vllm_config.use_v2_model_runner:
+            refuse_groups(self, lora_request.lora_path)
+        return add_on_runner(self, lora_request)
 
-def refuse_options(vllm_config: Any, route: Route) -> None:
-    """Refuse what was not tested with MoTE adapters, when one is loaded.
-
-    Raises:
-        ValueError: If one of these options is on, or the rank or the number of steps does not fit.
-    """
-    if route.num_steps > MAX_STEPS:
-        raise ValueError(
-            f"an adapter must have at most {MAX_STEPS} steps to be served; got {route.num_steps}. Use "
-            "`axolotl-mote generate`."
-        )
-    parallel, model, speculative = vllm_config.parallel_config, vllm_config.model_config, vllm_config.speculative_config
-    used = {
-        "--tensor-parallel-size above 1": parallel.tensor_parallel_size > 1,
-        "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
-        "--enable-prompt-embeds": model.enable_prompt_embeds,
-        "--prefill-context-parallel-size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        "--decode-context-parallel-size above 1": getattr(parallel, "decode_context_parallel_size", 1) > 1,
-        "--enable-dbo": getattr(parallel, "enable_dbo", False),
-        "--speculative-config with a draft model": speculative is not None and not speculative.use_ngram(),
-        "--kv-transfer-config": vllm_config.kv_transfer_config is not None,
-    }
-    names = [name for name, value in used.items() if value]
-    if names:
-        raise ValueError(
-            f"a MoTE adapter must be served without {', '.join(names)}, which was not tested with it. Leave it out."
-        )
-    if route.rank > vllm_config.lora_config.max_lora_rank:
-        raise ValueError(
-            f"--max-lora-rank must be at least {route.rank}, the rank of this adapter, (steps + 1) * r; got "
-            f"{vllm_config.lora_config.max_lora_rank}. Set --max-lora-rank {served_rank(route.rank)}."
-        )
-
-
-def check_rows(model: Any, route: Route, folder: str) -> None:
-    """Check that the served base model has the adapter's marker rows in its tables.
-
-    Raises:
-        ValueError: If a table has other rows there, or none.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-
-    ids = route.vocabulary.marker_ids
-    way_out = "Serve the base that `axolotl mote export --format vllm` wrote for this adapter."
-    with safe_open(os.path.join(folder, WEIGHTS), framework="pt") as file:
-        rows = {name: file.get_tensor(name) for name in file.keys() if _MARKER_ROWS in name}  # noqa: SIM118
-    if not rows:
-        raise ValueError(f"adapter must hold its marker rows, {_MARKER_ROWS}; got none in {folder}. {way_out}")
-    tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
-    for name, row in rows.items():
-        is_head = "embed" not in name
-        found = [t.weight for t in tables if isinstance(t, ParallelLMHead) == is_head and hasattr(t, "weight")]
-        held = [table[ids].float().cpu() for table in found if len(table) > max(ids) and table.shape[1] == row.shape[1]]
-        # Another type on disk rounds them; the rows of another adapter differ by their own size.
-        if not any((table - row.float()).abs().max() <= 0.02 * row.float().abs().max() for table in held):
-            raise ValueError(
-                f"the served base must have the adapter's marker rows, ids {ids}; it has others. {way_out}"
-            )
+    EngineCore.add_lora, LoRAModelRunnerMixin.add_lora = add_lora, add_lora_on_runner
 
 
 # --- multiply ---------------------------------------------------------------------------------------------------------
@@ -392,11 +369,6 @@ def _gate_v1(gate: Gate, slots: Tensor, runner: Any, count: int, total: int) -> 
     """
     blocks = runner.input_batch.block_table[0]
     if not hasattr(runner, "mote_carry"):
-        if len(runner.kv_cache_config.kv_cache_groups) > 1:
-            raise RuntimeError(
-                "a MoTE adapter must be served with one KV cache group on the V1 runner; this model has several. "
-                "Set VLLM_USE_V2_MODEL_RUNNER=1."
-            )
         size = runner.kv_cache_config.num_blocks * blocks.block_size
         runner.mote_carry = torch.zeros(size + 1, dtype=torch.int8, device=gate.rows.device)
     first = runner.query_start_loc.gpu[:count].to(torch.int64)
@@ -421,10 +393,40 @@ def _gate_v1(gate: Gate, slots: Tensor, runner: Any, count: int, total: int) -> 
 
 def _hook_front() -> None:
     """Guard the texts of dialogues, and give the parser the ids of a complete output."""
+    from vllm.exceptions import VLLMValidationError
     from vllm.parser.abstract_parser import DelegatingParser
     from vllm.renderers import hf
+    from vllm.v1.engine.input_processor import InputProcessor
 
     parse, apply = DelegatingParser.parse, hf.safe_apply_chat_template
+    messages, messages_async, process = (
+        hf.parse_chat_messages,
+        hf.parse_chat_messages_async,
+        InputProcessor.process_inputs,
+    )
+
+    @functools.wraps(messages)
+    def parse_texts(given: Any, model_config: Any, *args: Any, **options: Any) -> Any:
+        return _texts_alone(model_config, messages(given, model_config, *args, **options))
+
+    @functools.wraps(messages_async)
+    async def parse_texts_async(given: Any, model_config: Any, *args: Any, **options: Any) -> Any:
+        return _texts_alone(model_config, await messages_async(given, model_config, *args, **options))
+
+    @functools.wraps(process)
+    def process_inputs(self: Any, *args: Any, **options: Any) -> Any:
+        request, model = process(self, *args, **options), self.model_config
+        if request.sampling_params is not None:
+            codec = _codec_of_server(str(model.tokenizer))
+            adapter = request.lora_request and request.lora_request.lora_path
+            try:
+                check_sampling(request.sampling_params, adapter, codec, model.logits_processors or ())
+            except ValueError as error:
+                raise VLLMValidationError(str(error)) from error  # status 400
+            if codec and STEPS in (request.sampling_params.extra_args or {}):
+                request.sampling_params.stop_token_ids = [codec.stop_id]
+                request.sampling_params.all_stop_token_ids.add(codec.stop_id)
+        return request
 
     @functools.wraps(parse)
     def parse_with_ids(
@@ -441,6 +443,15 @@ def _hook_front() -> None:
         return encode_dialogue(codec, conversation, options)
 
     DelegatingParser.parse, hf.safe_apply_chat_template = parse_with_ids, apply_guarded
+    hf.parse_chat_messages, hf.parse_chat_messages_async = parse_texts, parse_texts_async
+    InputProcessor.process_inputs = process_inputs
+
+
+def _texts_alone(model_config: Any, found: Any) -> Any:
+    """A dialogue whose parts are texts: placeholders of other parts would be encoded again, markers included."""
+    if found[1] and _codec_of_server(str(model_config.tokenizer)) is not None:
+        raise ValueError(_TEXTS)
+    return found
 
 
 @functools.cache
@@ -448,8 +459,9 @@ def _codec_of_server(folder: str) -> ChainCodec | None:
     """The codec of the served tokenizer; None if it knows no steps."""
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     try:
-        codec = ChainCodec.from_tokenizer(AutoTokenizer.from_pretrained(folder))
+        codec = ChainCodec.from_tokenizer(tokenizer)
     except ValueError:
         return None
     return codec
@@ -473,6 +485,6 @@ def encode_dialogue(codec: ChainCodec, conversation: Any, options: Any) -> list[
         content = message.get("content") or ""
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if message.get("tool_calls") or any(part.get("type") != "text" for part in parts):
-            raise ValueError("messages must hold text alone for a model with steps. Remove the other parts.")
+            raise ValueError(_TEXTS)
         messages.append({"role": message["role"], "content": "".join(part["text"] for part in parts)})
     return codec.encode_question(messages)

@@ -26,7 +26,7 @@ class Gate:
         device: Where the engine computes.
 
     Attributes:
-        rows: (max_tokens, max_rank), float32.
+        rows: (max_tokens, max_rank), float32: ones for plain LoRA.
         routes: Route of the adapter in each LoRA slot; None for plain LoRA and empty slots.
     """
 
@@ -48,7 +48,8 @@ class Gate:
         """
         if routes != self.routes:
             top = max((route.num_steps for route in routes if route), default=0)
-            tables = torch.ones(len(routes) + 1, top + 1, self.rows.shape[1])  # the last is slot -1: base requests
+            tables = torch.ones(len(routes) + 1, top + 1, self.rows.shape[1])
+            tables[-1] = 0.0  # slot -1, requests of the base: on a CPU vLLM gives them the last slot's LoRA
             for slot, route in enumerate(routes):
                 if route:
                     tables[slot, : route.num_steps + 1, : route.rank] = torch.tensor(route.rows)

@@ -58,8 +58,8 @@ class StepProcessor(ProcessorV1, ProcessorV2):
             return logits
         slots = ctx.expanded_idx_mapping.to(torch.int64)
         begin = self._state.prompt_len.gpu[slots].to(torch.int64)
-        lengths = ctx.pos.to(torch.int64) + 1 - begin
         longest = int(ctx.seq_lens_upper_bound_np[active].max())  # on the host; at least what was generated
+        lengths = (ctx.pos.to(torch.int64) + 1 - begin).clamp(max=longest)  # rows without steps may be longer
         history = self._state.all_token_ids.gpu
         place = begin[:, None] + torch.arange(longest, device=begin.device)
         tokens = history[slots[:, None], place.clamp(max=history.shape[1] - 1)].to(torch.int64)

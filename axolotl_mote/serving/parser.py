@@ -14,10 +14,10 @@ from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.reasoning import ReasoningParser
 
 from axolotl_mote.chain.codec import ChainCodec
-from axolotl_mote.serving.chains import LIMIT, STEPS, check_request
+from axolotl_mote.serving.chains import CONTRADICTING, CONTRADICTION, LIMIT, STEPS, check_request
 from axolotl_mote.serving.reasoning import ChainSplitter, split_chain
 
-_UNSUPPORTED = ("response_format", "structured_outputs", "tools", "stop_token_ids")
+_UNSUPPORTED = ("response_format", "tools", "stop_token_ids", "use_beam_search")
 """Options of a request that a chain cannot honor together with steps."""
 
 
@@ -93,16 +93,16 @@ class MoteReasoningParser(ReasoningParser):
         if hasattr(request, "spaces_between_special_tokens"):
             request.spaces_between_special_tokens = False
         body = {key: value for key, value in (request.model_extra or {}).items() if key in (STEPS, LIMIT)}
+        if (getattr(request, "kv_transfer_params", None) or {}).get("prompt_token_ids"):
+            raise ValueError("kv_transfer_params must hold no prompt_token_ids: no template made them. Remove them.")
         values = (getattr(request, "vllm_xargs", None) or {}) | body
+        if values:
+            request.vllm_xargs = values
         if STEPS not in values:
             return request
-        for name in _UNSUPPORTED:
+        for name in (*_UNSUPPORTED, *CONTRADICTING):
             if getattr(request, name, None):
-                raise ValueError(
-                    f"{name} must be left out of a request with steps; a chain has its own form. Remove it."
-                )
-        limit = getattr(request, "max_completion_tokens", None) or getattr(request, "max_tokens", None)
-        check_request(values, self._codec.vocabulary, limit)
-        request.vllm_xargs = values
-        request.stop_token_ids = [self._codec.stop_id]
+                raise ValueError(CONTRADICTION.format(name))
+        limits = (getattr(request, f"max_{kind}tokens", None) for kind in ("completion_", "", "output_"))
+        check_request(values, self._codec.vocabulary, next((limit for limit in limits if limit), None))
         return request

@@ -74,8 +74,9 @@ class ChainSplitter:
             stretch, special = self._closed[0]
             length = len(self._decode(stretch)) if stretch else 0
             found = text.find(self._spelled[special], self._begin + max(length - _SLACK, 0))
-            if found < 0:  # held back, or cut by a stop string
-                yield from self._show(text[: self._begin + max(length - _SLACK, 0)])
+            if found < 0:  # held back, or cut by a stop string, perhaps in the middle of its spelling
+                rest = text[self._begin + max(length - _SLACK, 0) :]
+                yield from self._show(text[: len(text) - _begun(rest, self._spelled[special])])
                 return
             yield from self._show(text[:found])
             self._begin = self._shown = found + len(self._spelled[special])
@@ -100,6 +101,11 @@ class ChainSplitter:
         if not is_answer:
             new, self._separator, self._reasoned = self._separator + new, "", True
         yield Piece(new, is_answer)
+
+
+def _begun(text: str, spelled: str) -> int:
+    """How many characters at the end of a text are the beginning of a special token's spelling."""
+    return next((n for n in range(min(len(text), len(spelled)), 0, -1) if text.endswith(spelled[:n])), 0)
 
 
 def split_chain(splitter: ChainSplitter, text: str, tokens: Iterable[int]) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kit import mote_config, save_adapter, tiny_mote, tiny_tokenizer
@@ -13,7 +14,8 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
 from axolotl_mote.chain.codec import ChainCodec
-from axolotl_mote.serving import compat
+from axolotl_mote.serving import compat, refusals
+from axolotl_mote.serving.chains import StepTables
 from axolotl_mote.serving.logits import StepProcessor
 from axolotl_mote.serving.routes import MAX_STEPS, Route
 
@@ -50,7 +52,17 @@ def config(**values: Any) -> Any:
     parallel = dict.fromkeys([*sizes, "prefill_context_parallel_size", "decode_context_parallel_size"], 1)
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**parallel | {k: v for k, v in values.items() if k in parallel}),
-        model_config=SimpleNamespace(enable_prompt_embeds=values.get("enable_prompt_embeds", False)),
+        model_config=SimpleNamespace(
+            **{
+                "enable_prompt_embeds": False,
+                "enable_sleep_mode": False,
+                "runner_type": "generate",
+                "tokenizer_mode": "hf",
+            }
+            | {k: v for k, v in values.items() if k in ("enable_prompt_embeds", "enable_sleep_mode", "runner_type")}
+            | {k: v for k, v in values.items() if k == "tokenizer_mode"}
+        ),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=values.get("kv_sharing_fast_prefill", False)),
         speculative_config=values.get("speculative_config"),
         kv_transfer_config=values.get("kv_transfer_config"),
         lora_config=SimpleNamespace(max_lora_rank=values.get("max_lora_rank", 16)),
@@ -67,21 +79,25 @@ def config(**values: Any) -> Any:
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"speculative_config": SimpleNamespace(use_ngram=lambda: False)}, "--speculative-config with a draft model"),
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"enable_sleep_mode": True}, "--enable-sleep-mode"),
+        ({"runner_type": "pooling"}, "--runner pooling"),
+        ({"tokenizer_mode": "mistral"}, "--tokenizer-mode mistral"),
         ({"max_lora_rank": 1}, "--max-lora-rank must be at least 8, .* got 1. Set --max-lora-rank 8"),
     ],
 )
 def test_what_was_not_tested_is_refused(values, message):
-    compat.refuse_options(config(), ROUTE)
+    refusals.refuse_options(config(), ROUTE)
     with pytest.raises(ValueError, match=message):
-        compat.refuse_options(config(**values), ROUTE)
+        refusals.refuse_options(config(**values), ROUTE)
 
 
 def test_drafts_from_n_grams_are_allowed():
-    compat.refuse_options(config(speculative_config=SimpleNamespace(use_ngram=lambda: True)), ROUTE)
+    refusals.refuse_options(config(speculative_config=SimpleNamespace(use_ngram=lambda: True)), ROUTE)
 
 
 def test_an_adapter_that_comes_again_clears_the_prefix_cache(monkeypatch):
-    """Its files may have changed; another name, or another folder, has keys of its own."""
+    """From its folder, whose files may have changed, or from another."""
     from vllm.v1.engine.core import EngineCore
 
     compat.install()
@@ -92,16 +108,16 @@ def test_an_adapter_that_comes_again_clears_the_prefix_cache(monkeypatch):
     )
     for name, path in (("a", "one"), ("b", "one"), ("a", "two"), ("a", "one")):
         assert EngineCore.add_lora(core, SimpleNamespace(lora_name=name, lora_path=path))
-    assert done == ["one", "one", "two", "one", ("reset", True)]
+    assert done == ["one", "one", "two", ("reset", True), "one", ("reset", True)]
 
 
 def test_more_steps_than_the_kernel_can_hold_are_refused():
     def route(count):
         return Route.from_config(mote_config(steps=[f"s{n}" for n in range(count)], marker_ids=list(range(2 * count))))
 
-    compat.refuse_options(config(max_lora_rank=512), route(MAX_STEPS))
+    refusals.refuse_options(config(max_lora_rank=512), route(MAX_STEPS))
     with pytest.raises(ValueError, match="at most 15 steps"):
-        compat.refuse_options(config(max_lora_rank=512), route(MAX_STEPS + 1))
+        refusals.refuse_options(config(max_lora_rank=512), route(MAX_STEPS + 1))
 
 
 def test_vllm_without_the_plugin_refuses_the_adapter(tmp_path):
@@ -138,14 +154,19 @@ def test_a_base_without_the_rows_is_refused(tmp_path, monkeypatch):
     route = Route.from_folder(tmp_path)
     weights = {is_head: torch.cat([torch.randn(259, 32), value]) for is_head, value in rows.items()}
     served = torch.nn.ModuleList([Table(weights[False]), head(weights[True])])
-    compat.check_rows(served, route, str(tmp_path))
-    compat.check_rows(served.to(torch.bfloat16), route, str(tmp_path))
-    for tables in ([Table(weights[False][:259]), head(weights[True])], [Table(weights[False]), head(weights[False])]):
+    refusals.check_rows(served, route, str(tmp_path))
+    refusals.check_rows(served.to(torch.bfloat16), route, str(tmp_path))
+    near = weights[False] + 0.015 * rows[False].abs().max()  # little beside the largest number
+    for tables in (
+        [Table(weights[False][:259]), head(weights[True])],
+        [Table(weights[False]), head(weights[False])],
+        [Table(near), head(weights[True])],
+    ):
         with pytest.raises(ValueError, match="the served base must have the adapter's marker rows"):
-            compat.check_rows(torch.nn.ModuleList(tables), route, str(tmp_path))
+            refusals.check_rows(torch.nn.ModuleList(tables), route, str(tmp_path))
     save_file({k: v for k, v in tensors.items() if "marker_rows" not in k}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="adapter must hold its marker rows"):
-        compat.check_rows(served, route, str(tmp_path))
+        refusals.check_rows(served, route, str(tmp_path))
 
 
 CODEC = ChainCodec.from_tokenizer(tiny_tokenizer())
@@ -222,3 +243,53 @@ def test_v1_requests_keep_their_grammar_when_the_batch_moves(tmp_path):
     assert rows()[2] is None
     processor.update_state(BatchUpdate(1, removed=[1, 0], added=[(0, free, None, [])], moved=[]))
     assert rows() == [None, None, None]
+
+
+class Context:
+    """What the V2 runner tells a logits processor: a row for each draft and one for each request."""
+
+    def __init__(self, history: torch.Tensor, prompts: list[int], rows: list[tuple[int, int, int, int]]) -> None:
+        slot, local, token, pos = (torch.tensor(column) for column in zip(*rows, strict=True))
+        self.expanded_idx_mapping, self.expanded_local_pos, self.input_ids, self.pos = slot, local, token, pos
+        last = {int(s): int(p) + 1 for s, p in zip(slot, pos, strict=True)}
+        self.idx_mapping_np = np.array(list(last))
+        self.seq_lens_upper_bound_np = np.array(list(last.values()))
+        self.state = SimpleNamespace(
+            device=torch.device("cpu"),
+            prompt_len=SimpleNamespace(gpu=torch.tensor(prompts)),
+            all_token_ids=SimpleNamespace(gpu=history),
+        )
+
+
+def test_v2_masks_are_those_of_the_chain_so_far_with_drafts_beside_long_requests_without_steps(tmp_path):
+    """Slot 0 asks for no steps and is ten times as long; slot 1 has two drafts, slot 2 none."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    start, end = CODEC.vocabulary.start_ids, CODEC.vocabulary.end_ids
+    chain = [start[0], 40, 41, end[0], start[2], 50]
+    prompt, history = [60] * 5, torch.full((3, 300), 77)
+    for slot in (1, 2):
+        history[slot, : 5 + len(chain)] = torch.tensor(prompt + chain)
+    rows = [(0, 0, 77, 250)]
+    rows += [(1, n, token, 5 + 3 + n) for n, token in enumerate([end[0], start[1], 45])]  # a draft of another step
+    rows += [(2, 0, chain[5], 5 + 5)]
+    context = Context(history, [200, 5, 5], rows)
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(tokenizer=str(tmp_path)),
+        scheduler_config=SimpleNamespace(max_num_seqs=3),
+        num_speculative_tokens=2,
+    )
+    processor = StepProcessor(config, context.state)
+    asked = {"steps": "adaptive"}
+    for slot, extra in enumerate((None, asked, asked)):
+        processor.add_request(slot, SimpleNamespace(extra_args=extra, max_tokens=40))
+    found = torch.isfinite(processor.apply(torch.zeros(len(rows), 280), context))
+    tables = StepTables(CODEC, 1, "cpu")
+    tables.put(0, asked, 40)
+
+    def allowed(tokens: list[int]) -> torch.Tensor:
+        zero = torch.tensor([0])
+        return torch.isfinite(tables.mask(torch.zeros(1, 280), zero, torch.tensor([tokens]), zero + len(tokens)))[0]
+
+    assert found[0].all()
+    for row, tokens in enumerate([chain[:4], [*chain[:4], start[1]], [*chain[:4], start[1], 45], chain], 1):
+        assert torch.equal(found[row], allowed(tokens)), row

@@ -60,7 +60,8 @@ def test_gate_serves_several_adapters_plain_lora_and_base_in_one_forward():
     ones = torch.ones(8)
     wanted = [torch.tensor(ROUTE.rows[2]), torch.tensor(ROUTE.rows[0]), ones]
     wanted += [torch.cat([torch.tensor(other.rows[k]), torch.ones(2)]) for k in (1, 0)]
-    assert torch.equal(gate.rows[:6], torch.stack([*wanted, ones]))
+    wanted += [torch.zeros(8)]  # a request of the base, to which vLLM gives the last slot's LoRA on a CPU
+    assert torch.equal(gate.rows[:6], torch.stack(wanted))
     assert gate.rows.data_ptr() == address  # CUDA graphs read it
     slices = [torch.ones(6, 8), torch.full((6, 8), 2.0)]
     gate.multiply(slices)
