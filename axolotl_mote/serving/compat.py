@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from axolotl_mote.chain.codec import ChainCodec
+from axolotl_mote.chain.rows import check_messages
 from axolotl_mote.serving.chains import STEPS
 from axolotl_mote.serving.gate import Gate
 from axolotl_mote.serving.refusals import (
@@ -487,4 +488,8 @@ def encode_dialogue(codec: ChainCodec, conversation: Any, options: Any) -> list[
         if message.get("tool_calls") or any(part.get("type") != "text" for part in parts):
             raise ValueError(_TEXTS)
         messages.append({"role": message["role"], "content": "".join(part["text"] for part in parts)})
+    # An answer of the history may be empty, where a limit ended a chain before it.
+    filled = [m | {"content": "-"} if m["role"] == "assistant" and not m["content"].strip() else m for m in messages]
+    if faults := check_messages(filled):
+        raise ValueError(" ".join(faults))
     return codec.encode_question(messages)

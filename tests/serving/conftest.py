@@ -9,7 +9,16 @@ import types
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 collect_ignore = (
-    [] if HAS_VLLM else ["test_kernel.py", "test_compat.py", "test_logits.py", "test_engine.py", "test_server.py"]
+    []
+    if HAS_VLLM
+    else [
+        "test_kernel.py",
+        "test_compat.py",
+        "test_logits.py",
+        "test_engine.py",
+        "test_server.py",
+        "test_server_faults.py",
+    ]
 )
 
 

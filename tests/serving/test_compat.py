@@ -189,6 +189,9 @@ def test_dialogues_are_encoded_as_in_training():
     [
         ({"role": "user", "content": [{"type": "image_url"}]}, {}, "must hold text alone"),
         ({"role": "tool", "content": "x"}, {}, "role must be one of"),
+        ({"role": "user", "content": " "}, {}, "content must be a non-empty string"),
+        ({"role": "user", "content": None}, {}, "content must be a non-empty string"),
+        ({"role": "assistant", "content": "x"}, {}, "messages must end with a user turn"),
         ({"role": "user", "content": "x"}, {"tools": [1]}, "tools must be left out"),
         ({"role": "user", "content": "x"}, {"chat_template": "y"}, "chat_template must be that of the base"),
         ({"role": "user", "content": "x"}, {"continue_final_message": True}, "continue_final_message must be left out"),
@@ -198,6 +201,11 @@ def test_dialogues_are_encoded_as_in_training():
 def test_what_a_dialogue_may_not_hold(message, options, said):
     with pytest.raises(ValueError, match=said):
         compat.encode_dialogue(CODEC, [message], options)
+
+
+def test_an_empty_answer_in_the_history_is_kept():
+    history = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "y"}]
+    assert compat.encode_dialogue(CODEC, history, {}) == CODEC.encode_question(history)
 
 
 def test_steps_come_with_their_limit(tmp_path):
