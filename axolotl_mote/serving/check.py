@@ -273,6 +273,7 @@ def _compare_chains(report: CheckReport, model: Any, tokenizer: Any, said: Seque
             mode,
             max_new_tokens=MAX_TOKENS,
             step_limits=STEP_LIMIT,
+            batch_size=len(answers),
         )
         report.chains += len(chains)
         for one, chain in zip(answers, chains, strict=True):
