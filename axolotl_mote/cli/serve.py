@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -59,7 +58,7 @@ def _check(program: list[str], name: str, folder: Path) -> None:
     import openai
     from rich.console import Console
 
-    from axolotl_mote.serving.check import ask_server, check_table, compare, running_server
+    from axolotl_mote.serving.check import ask_server, check_table, compare, free_port, running_server
     from axolotl_mote.serving.command import value_of
 
     console = Console()
@@ -81,10 +80,3 @@ def _check(program: list[str], name: str, folder: Path) -> None:
         console.print(f"[red]wrong:[/red] {fault}")
     if report.faults:
         raise SystemExit(1)
-
-
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])

@@ -27,6 +27,7 @@ from axolotl_mote.chain.rows import check_messages
 from axolotl_mote.serving.chains import STEPS
 from axolotl_mote.serving.gate import Gate
 from axolotl_mote.serving.refusals import (
+    MARKER_ROWS,
     check_adapter,
     check_layers,
     check_rows,
@@ -74,7 +75,6 @@ HOOKS = {
 """What is hooked -> the names of its parameters."""
 
 _INSTALLED = "mote_installed"
-_MARKER_ROWS = "lora_marker_rows"
 _TEXTS = "messages must hold text alone for a model with steps. Remove the other parts."
 _CACHE_KEY = "-mote-1"
 
@@ -176,7 +176,7 @@ def _hook_loading(manager: Any) -> None:
             check_adapter(folder, str(served.model), served.hf_config)
             check_rows(model, route, folder)
             kept = getattr(model, "lora_skip_prefixes", None) or []
-            model.lora_skip_prefixes = [*kept, _MARKER_ROWS]  # the base has these rows; vLLM refuses their names
+            model.lora_skip_prefixes = [*kept, MARKER_ROWS]  # the base has these rows; vLLM refuses their names
             try:
                 lora = load(self, lora_request)
             finally:

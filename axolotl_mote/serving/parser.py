@@ -100,7 +100,7 @@ class MoteReasoningParser(ReasoningParser):
             request.vllm_xargs = values
         if STEPS not in values:
             return request
-        for name in (*_UNSUPPORTED, *CONTRADICTING):
+        for name in (*_UNSUPPORTED, *CONTRADICTING):  # here, so that a stream has not begun yet
             if getattr(request, name, None):
                 raise ValueError(CONTRADICTION.format(name))
         limits = (getattr(request, f"max_{kind}tokens", None) for kind in ("completion_", "", "output_"))

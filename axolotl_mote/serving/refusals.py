@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +21,8 @@ from axolotl_mote.serving.chains import CONTRADICTING, CONTRADICTION, STEPS, che
 from axolotl_mote.serving.command import PROCESSOR
 from axolotl_mote.serving.routes import MAX_STEPS, Route
 
-_MARKER_ROWS = "lora_marker_rows"
+MARKER_ROWS = "lora_marker_rows"
+"""Part of the names of an adapter's marker rows; the served base has them in its tables."""
 
 
 def refuse_options(vllm_config: Any, route: Route) -> None:
@@ -74,9 +74,9 @@ def check_rows(model: Any, route: Route, folder: str) -> None:
     ids = route.vocabulary.marker_ids
     way_out = "Serve the base that `axolotl mote export --format vllm` wrote for this adapter."
     with safe_open(os.path.join(folder, WEIGHTS), framework="pt") as file:
-        rows = {name: file.get_tensor(name) for name in file.keys() if _MARKER_ROWS in name}  # noqa: SIM118
+        rows = {name: file.get_tensor(name) for name in file.keys() if MARKER_ROWS in name}  # noqa: SIM118
     if not rows:
-        raise ValueError(f"adapter must hold its marker rows, {_MARKER_ROWS}; got none in {folder}. {way_out}")
+        raise ValueError(f"adapter must hold its marker rows, {MARKER_ROWS}; got none in {folder}. {way_out}")
     tables = [module for module in model.modules() if isinstance(module, VocabParallelEmbedding)]
     for name, row in rows.items():
         is_head = "embed" not in name
@@ -130,8 +130,8 @@ def check_layers(loras: Iterable[str], gated: Iterable[str], packed: Mapping[str
         )
 
 
-@functools.lru_cache(maxsize=64)
 def _vocabulary_of(folder: str) -> StepVocabulary | None:
+    """The steps of a MoTE adapter; read each time, since an adapter may be replaced in its folder."""
     route = Route.from_folder(folder) if os.path.isdir(folder) else None
     return route.vocabulary if route else None
 

@@ -108,7 +108,7 @@ def is_alive(process: int) -> bool:
 
 
 def test_a_server_ends_with_the_block_and_all_its_children(tmp_path):
-    port, log = serve.free_port(), tmp_path / "log"
+    port, log = check.free_port(), tmp_path / "log"
     with check.running_server([sys.executable, "-c", SERVER, str(port)], port, log) as url:
         assert url == f"http://127.0.0.1:{port}/v1"
         child = int(log.read_text().split()[1])
@@ -120,7 +120,7 @@ def test_a_server_that_does_not_start_is_quoted(tmp_path):
     command = [sys.executable, "-c", "print('no memory left'); raise SystemExit(3)"]
     with (
         pytest.raises(RuntimeError, match=r"ended with status 3 before it answered:\nno memory left"),
-        check.running_server(command, serve.free_port(), tmp_path / "log"),
+        check.running_server(command, check.free_port(), tmp_path / "log"),
     ):
         pass
 
@@ -131,7 +131,7 @@ def test_sigterm_ends_the_server_too(tmp_path):
         f"with running_server([sys.executable, '-c', {SERVER!r}, sys.argv[1]], int(sys.argv[1]), Path(sys.argv[2])):\n"
         "    print('ready', flush=True); time.sleep(600)"
     )
-    command = [sys.executable, "-c", program, str(serve.free_port()), str(tmp_path / "log")]
+    command = [sys.executable, "-c", program, str(check.free_port()), str(tmp_path / "log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as checker:
         assert checker.stdout
         assert checker.stdout.readline() == "ready\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,13 @@ def test_steps_that_an_adapter_was_not_trained_on_are_refused(adapters, steps):
     refusals.check_sampling(params(steps=steps), str(adapters / "all"), CODEC, [PROCESSOR])
     with pytest.raises(ValueError, match=r"steps must list steps of this adapter, \['guidance', 'response'\]"):
         refusals.check_sampling(params(steps=steps), str(adapters / "two"), CODEC, [PROCESSOR])
+
+
+def test_steps_of_an_adapter_are_read_again_once_it_was_replaced(adapters, tmp_path):
+    for name, is_refused in (("all", False), ("two", True), ("all", False)):
+        (tmp_path / "adapter_config.json").write_bytes((adapters / name / "adapter_config.json").read_bytes())
+        with pytest.raises(ValueError, match="steps must list") if is_refused else nullcontext():
+            refusals.check_sampling(params(steps="adaptive"), str(tmp_path), CODEC, [PROCESSOR])
 
 
 def test_adapters_that_are_whole_and_of_this_base_pass(adapters):
