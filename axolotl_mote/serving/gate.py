@@ -1,7 +1,7 @@
 """The buffer that the engine's LoRA layers multiply by: a row of weights for every scheduled token.
 
 One buffer lives as long as the engine and keeps its address, so that CUDA graphs that read it stay valid. Rows of
-tokens that no MoTE adapter processes are ones. No vLLM here.
+tokens that a plain LoRA processes are ones. No vLLM here.
 """
 
 from __future__ import annotations
