@@ -160,7 +160,7 @@ $(SERVE_STAMP): pyproject.toml Makefile
 	@touch $@
 
 serve-test: serve-env ## Run the tests of serving in .venv-serve: both runners of vLLM, the server over HTTP
-	OMP_NUM_THREADS=1 $(SERVE_VENV)/bin/python -m pytest tests/serving $(ARGS)
+	OMP_NUM_THREADS=1 VENV="$(VENV)" EVAL_VENV="$(EVAL_VENV)" $(SERVE_VENV)/bin/python -m pytest tests/serving $(ARGS)
 
 $(SERVING)/plain: $(SERVE_STAMP) $(MODEL)/config.json
 	$(SERVE_VENV)/bin/python tests/bench/serving.py prepare $(MODEL) $(SERVING)

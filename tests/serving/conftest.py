@@ -18,6 +18,7 @@ collect_ignore = (
         "test_engine.py",
         "test_server.py",
         "test_server_faults.py",
+        "test_clients.py",
     ]
 )
 
