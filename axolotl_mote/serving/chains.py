@@ -89,7 +89,7 @@ class StepTables:
         self._special = torch.tensor(
             [*self.vocabulary.start_ids, *self.vocabulary.end_ids, codec.stop_id], device=device
         )
-        self._text: Tensor | None = None
+        self._not_text: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of slots, the spare one behind them included."""
@@ -144,12 +144,11 @@ class StepTables:
             Logits, (N, V).
         """
         text_allowed, special_allowed = self._allowed(slots, tokens, lengths)
-        if self._text is None or len(self._text) != logits.shape[-1]:
-            self._text = self._text_ids(logits.shape[-1], logits.device)
-        masked = logits.masked_fill(~(self._text & text_allowed[:, None]), float("-inf"))
-        kept = logits[:, self._special].masked_fill(~special_allowed, float("-inf"))
-        masked[:, self._special] = kept
-        return torch.where(self._on[slots][:, None], masked, logits)
+        if self._not_text is None or len(self._not_text) != logits.shape[-1]:
+            self._not_text = self._not_text_ids(logits.shape[-1], logits.device)
+        barred = self._not_text | ~text_allowed[:, None]  # (N, V)
+        barred[:, self._special] = ~special_allowed
+        return logits.masked_fill(barred & self._on[slots][:, None], float("-inf"))
 
     def _allowed(self, slots: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Whether text may come next, (N,), and which of start markers, end markers and stop, (N, 2S + 1)."""
@@ -176,9 +175,9 @@ class StepTables:
         stop = between & ~follows.any(1, keepdim=True)
         return text, torch.cat([starts, ends, stop], dim=1)
 
-    def _text_ids(self, width: int, device: torch.device) -> Tensor:
-        """Which ids may stand inside a step, (V,)."""
-        text = torch.ones(width, dtype=torch.bool)
-        text[[token for token in self.codec.special_ids if token < width]] = False
-        text[len(self.codec.tokenizer) :] = False
-        return text.to(device)
+    def _not_text_ids(self, width: int, device: torch.device) -> Tensor:
+        """Which ids may not stand inside a step, (V,)."""
+        barred = torch.zeros(width, dtype=torch.bool)
+        barred[[token for token in self.codec.special_ids if token < width]] = True
+        barred[len(self.codec.tokenizer) :] = True
+        return barred.to(device)

@@ -117,6 +117,8 @@ REFUSED: dict[str, str] = {
     "fsdp": "FSDP is not supported. Use deepspeed.",
     "fsdp_config": "FSDP is not supported. Use deepspeed.",
     "rl": "Only supervised fine-tuning is supported. Remove it.",
+    "vllm": "It serves the base model for online RL. Serve the adapter with `axolotl-mote serve`.",
+    "use_ray": "Untested with step routing. Use torchrun or DeepSpeed's launcher on every host.",
     "reward_model": "Only supervised fine-tuning is supported. Remove it.",
     "unfrozen_parameters": "Only the adapter is trained. Remove it.",
     "gptq": "Use a full-precision, 8-bit or 4-bit (bitsandbytes) base.",
@@ -324,6 +326,12 @@ def check_baseline(cfg: dict[str, Any]) -> None:
             )
 
 
+def _evaluates_adapter_folder(cfg: dict[str, Any]) -> bool:
+    """Whether axolotl would give the adapter folder to lm_eval at the end of training: it does so by default."""
+    is_loaded = any(str(name).rpartition(".")[2] == "LMEvalPlugin" for name in cfg.get("plugins") or [])
+    return is_loaded and cfg.get("lm_eval_post_train") is not False and not cfg.get("lm_eval_model")
+
+
 def _check_data_options(cfg: dict[str, Any]) -> None:
     for where, entry in chain_entries(cfg).items():
         _check_entry(where, entry)
@@ -365,6 +373,11 @@ def check_config(cfg: dict[str, Any]) -> None:
                 f"{key} must be 1 with adapter: mote; got {cfg[key]}. Split sequences and layers cannot be "
                 "routed. Use DeepSpeed ZeRO-3 to fit larger models."
             )
+    if _evaluates_adapter_folder(cfg):
+        raise ValueError(
+            "lm_eval_post_train must be false with adapter: mote; got true. lm_eval reads output_dir and cannot route "
+            "by step. Set it to false, serve the adapter with `axolotl-mote serve` and evaluate the server."
+        )
     if cfg.get("peft_init_lora_weights") not in (None, True, False, "gaussian"):
         raise ValueError(
             f"peft_init_lora_weights must be true, false or gaussian with adapter: mote; got "

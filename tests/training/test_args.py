@@ -163,6 +163,16 @@ def test_axolotl_has_the_plugins_that_are_refused(name: str) -> None:
     assert any(f"class {name}(" in file.read_text("utf-8") for file in folder.rglob("*.py"))
 
 
+def test_lm_eval_must_not_read_the_adapter_folder() -> None:
+    plugins = ["axolotl_mote.MotePlugin", "axolotl.integrations.lm_eval.LMEvalPlugin"]
+    for value in ({}, {"lm_eval_post_train": None}, {"lm_eval_post_train": True}):
+        with pytest.raises(ValueError, match=r"^lm_eval_post_train must be false with adapter: mote; got true\. \w"):
+            check_config(config(plugins=plugins, **value))
+    check_config(config(plugins=plugins, lm_eval_post_train=False))
+    check_config(config(plugins=plugins, lm_eval_model="meta-llama/Llama-3.1-8B"))
+    check_config(config(lm_eval_post_train=True))
+
+
 @pytest.mark.parametrize("targets", ["lm_head", ["q_proj", "lm_head"], ["model.embed_tokens"]])
 def test_the_ends_of_the_model_carry_no_experts(targets: Any) -> None:
     with pytest.raises(ValueError, match="lora_target_modules must name linear layers of the decoder"):
