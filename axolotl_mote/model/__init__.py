@@ -9,6 +9,7 @@ The modules, each importing only those before it:
     attention   step dropout in the model's own attention
     loss        cross-entropy weighted by step
     markers     the marker rows of the input embedding and the LM head
+    origin      which base model an adapter was trained on
     head        the model's own path from hidden states to logits
     targets     which layers get experts
     compiling   each decoder layer compiled on its own

@@ -39,6 +39,7 @@ from axolotl_mote.model.markers import (
     PerLayerEmbedding,
     refuse_merge,
 )
+from axolotl_mote.model.origin import check_origin, sample_weights
 from axolotl_mote.model.routed import RoutedModel, Routing, start_routing, stop_routing
 from axolotl_mote.model.targets import choose_targets, warn_of_fused_weights
 
@@ -121,8 +122,9 @@ class MoteModel(LoraModel):
         """Add an adapter to the model; PEFT calls this for the first one and for all later ones.
 
         Raises:
-            ValueError: If the configuration is of another type or names no markers, or if the base model has another
-                use for one of them, no text decoder, or no layer that can have experts.
+            ValueError: If the configuration is of another type or names no markers, if the adapter was trained on
+                other weights, or if the base model has another use for a marker, no text decoder, or no layer that can
+                have experts.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, MoteConfig) or not config.marker_ids:
@@ -135,6 +137,7 @@ class MoteModel(LoraModel):
             self.register_load_state_dict_pre_hook(_check_tensors)
         base = cast(PreTrainedModel, model)
         _refuse_used_markers(base, config)
+        check_origin(base, config.base_sample, config.base_model_name_or_path, config.marker_ids)
         choose_targets(base, config)
         super().inject_adapter(model, adapter_name, *args, low_cpu_mem_usage=low_cpu_mem_usage, **kwargs)
         self._add_marker_rows(base, config, adapter_name, low_cpu_mem_usage)
@@ -348,6 +351,7 @@ def add_mote_adapter(
     """
     choose_targets(model, config, run=True)
     warn_of_fused_weights(model)
+    config.base_sample = sample_weights(model, config.marker_ids, gathered)
     peft_model = cast(PeftModel, get_peft_model(model, config, **kwargs))
     words_by_row = marker_words or [[]] * len(config.marker_ids)
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -107,6 +107,7 @@ class MoteConfig(LoraConfig):
         expert_weight: Weight of the step's expert; the shared expert gets ``1 - expert_weight`` (the paper's alpha).
         question_routing: Which experts question tokens are routed to: ``random`` (one step expert per document while
             training, their mean otherwise), ``mean`` (always the mean) or ``shared`` (only the shared expert).
+        base_sample: A few weights of the base model, from ``origin.sample_weights``; empty: the base is not checked.
 
     Raises:
         ValueError: If a value breaks its rule, or for a LoRA variant that cannot be routed.
@@ -117,6 +118,7 @@ class MoteConfig(LoraConfig):
     marker_ids: list[int] = field(default_factory=list)
     expert_weight: float = 0.5
     question_routing: str = "random"
+    base_sample: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_values(type(self), self.to_dict())

@@ -120,6 +120,7 @@ class MotePlugin(BasePlugin):
 
         from axolotl_mote.model.adapter import add_mote_adapter
         from axolotl_mote.model.config import MoteConfig
+        from axolotl_mote.model.origin import check_origin
         from axolotl_mote.training.selfcheck import self_check
 
         options, codec = read_options(cfg), _codec(cfg)
@@ -152,6 +153,9 @@ class MotePlugin(BasePlugin):
             serving = bool(inference or cfg.inference)
             model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not serving, **kwargs)
             config = check_trained_config(model.peft_config["default"], config, cfg.lora_model_dir)
+            if uses_zero3():  # nothing could be read while the adapter was added
+                name = config.base_model_name_or_path
+                check_origin(model.get_base_model(), config.base_sample, name, config.marker_ids, gathered)
         else:
             # Loading the base model draws random numbers, and not equally many under ZeRO-3. Without a seed the fresh
             # experts would depend on how the run is launched.
