@@ -87,6 +87,16 @@ def gathered(parameter: Tensor) -> Iterator[None]:
         yield
 
 
+def local_values(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter: all of it, but a part under DeepSpeed ZeRO-3.
+
+    Works around: there is no public name for the part.
+    Upstream: deepspeed/runtime/zero/partition_parameters.py, ``ds_tensor``.
+    """
+    values: Tensor = getattr(parameter, "ds_tensor", parameter)
+    return values.detach()
+
+
 def encode_chains_with_token_columns(chain_type: str) -> None:
     """Have axolotl encode chain data that also has the columns of tokenized rows; ``undo_patches`` reverts it.
 

@@ -5,6 +5,7 @@ Works for `adapter: mote` and, as a baseline, for any other adapter on the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.adapter import mote_model
 from axolotl_mote.model.loss import Targets, build_targets, scored_positions, step_sums, token_losses, weighted_loss
 from axolotl_mote.model.routing import step_ids_from_tokens
-from axolotl_mote.training.compat import OwnLoss
+from axolotl_mote.training.compat import OwnLoss, local_values
 
 Batch = dict[str, Any]
 
@@ -151,6 +152,8 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
             metrics = self._metrics("train")
             metrics.pop("weighted", None)
             logs.update(metrics)
+            if not all(map(math.isfinite, metrics.values())):
+                self._check_weights()
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
@@ -162,6 +165,34 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
             output.metrics[f"{metric_key_prefix}_loss"] = metrics.pop("weighted")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    # --- weights that are no numbers --------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train.
+
+        Raises:
+            FloatingPointError: If a trained weight is no longer a finite number; such weights are never saved.
+        """
+        output = super().train(*args, **kwargs)
+        self._check_weights()  # axolotl saves the adapter next
+        return output
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the adapter, once its weights are known to be numbers: a checkpoint may replace the last good one."""
+        self._check_weights()
+        super().save_model(*args, **kwargs)
+
+    def _check_weights(self) -> None:
+        """Check the trained weights on all ranks. A loss alone may be infinite under fp16, whose scaler skips it."""
+        trained = [local_values(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        broken = torch.stack([~torch.isfinite(values).all() for values in trained]).sum()
+        if count := int(self.accelerator.reduce(broken, reduction="sum")):
+            raise FloatingPointError(
+                f"learning_rate must keep the weights finite; got nan or inf in {count} tensors after step "
+                f"{self.state.global_step}. Nothing of this step was saved. Lower it, and go on from the last "
+                "checkpoint with resume_from_checkpoint."
+            )
 
     # --- hub --------------------------------------------------------------------------------------------------------
 

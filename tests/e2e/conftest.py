@@ -306,6 +306,12 @@ def bad_rows(workshop: Workshop, runs: Runs) -> Result:
 
 
 @job
+def diverged(workshop: Workshop, runs: Runs) -> Result:
+    saves = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 2}
+    return workshop.run("train", "diverged", learning_rate=1e30, max_grad_norm=0.0, max_steps=4, **saves)
+
+
+@job
 def four_bit(workshop: Workshop, runs: Runs) -> Result:
     return workshop.run("train", "four_bit", load_in_4bit=True, max_steps=1)
 

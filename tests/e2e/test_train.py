@@ -190,3 +190,14 @@ def test_refused(runs: Any, run: str, message: str) -> None:
     result = runs.get(run)
     assert result.returncode != 0
     assert re.search(message, result.log), result.log[-3000:]
+
+
+@pytest.mark.needs("diverged")
+def test_weights_that_are_no_numbers_are_not_saved(runs: Any, workshop: Any) -> None:
+    result = runs.get("diverged")
+    assert result.returncode != 0
+    assert "learning_rate must keep the weights finite; got nan or inf" in result.log
+    saved = list(workshop.output("diverged").rglob("adapter_model.safetensors"))
+    assert workshop.output("diverged") / "adapter_model.safetensors" not in saved
+    for path in saved:
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values()), path

@@ -200,6 +200,46 @@ def test_a_window_without_weight_gives_zero_with_a_gradient(tmp_path: Path) -> N
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
+DIVERGED = r"^learning_rate must keep the weights finite; got nan or inf in 1 tensors after step 0\. Nothing .* saved"
+
+
+@pytest.mark.parametrize("kind", ["mote", "lora"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_not_saved(kind: str, value: float, tmp_path: Path) -> None:
+    model = mote() if kind == "mote" else plain_lora()
+    made = build_trainer(tmp_path / "out", model, WEIGHTS)
+    made.save_model(tmp_path / "whole")
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name)[1, 1] = value
+    with pytest.raises(FloatingPointError, match=DIVERGED):
+        made.save_model(tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+    made._sums["train"] = torch.full((4, 4), value)
+    with pytest.raises(FloatingPointError, match=DIVERGED):
+        made.log({"loss": 0.0})
+
+
+def test_an_infinite_loss_alone_goes_on_and_another_rank_counts(tmp_path: Path) -> None:
+    """Under fp16 the scaler skips a step whose gradients overflow."""
+    made = build_trainer(tmp_path, mote(), WEIGHTS)
+    made._sums["train"] = torch.full((4, 4), float("inf"))
+    made.log({"loss": float("inf")})
+    made.accelerator = OneOfTwoRanks(1.0)  # type: ignore[assignment]
+    with pytest.raises(FloatingPointError, match=DIVERGED):
+        made.save_model(tmp_path / "broken")
+
+
+def test_the_part_of_a_partitioned_weight_is_checked(tmp_path: Path) -> None:
+    """As under ZeRO-3: the parameter itself is empty."""
+    model = mote()
+    made = build_trainer(tmp_path, model, WEIGHTS)
+    parameter = next(p for name, p in model.named_parameters() if "lora_B" in name)
+    parameter.ds_tensor = torch.full((3,), float("nan"))  # type: ignore[attr-defined]
+    parameter.data = torch.empty(0)
+    with pytest.raises(FloatingPointError, match=DIVERGED):
+        made.save_model(tmp_path / "broken")
+
+
 def test_evaluation_counts_on_its_own_rank_and_reports_means_by_step(tmp_path: Path) -> None:
     """Ranks may evaluate different numbers of batches: a reduction per batch would leave some waiting."""
     weights = [1.0, 1.0, 0.0, 1.0]
