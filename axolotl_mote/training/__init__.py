@@ -7,6 +7,7 @@ The modules, each importing only those before it:
     base_model   the base model: quantization, attention, compilation
     dataset      `type: axolotl_mote.chain`: files checked, rows encoded
     template     `chat_template_kwargs`, fixed in the chat template
+    checkpoints  which checkpoint a run resumes from
     trainer      the loss by step, its item count and its metrics
     selfcheck    when training checks itself
     card         the model card in the adapter's folder

@@ -17,6 +17,7 @@ from axolotl_mote.chain.steps import markers
 from axolotl_mote.files import installed_versions
 from axolotl_mote.training.args import CHAIN_TYPE, MoteOptions, chain_entries, check, data_entries, read_options
 from axolotl_mote.training.base_model import compile_layers, prepare_base, quantize_through_model_kwargs
+from axolotl_mote.training.checkpoints import choose_checkpoint
 from axolotl_mote.training.compat import (
     allow_embedding_resize,
     block_embedding_resize,
@@ -99,6 +100,11 @@ class MotePlugin(BasePlugin):
             return {}
         ids = _codec(cfg).vocabulary.marker_ids
         return {"trainable_token_indices": dict.fromkeys(find_embedding_layers(cfg), ids)}
+
+    def pre_model_load(self, cfg: Any) -> None:
+        """Choose the checkpoint that the run resumes from, before axolotl takes the one with the highest number."""
+        if _uses_mote_or_chains(cfg) and not cfg.inference:
+            choose_checkpoint(cfg)
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Keep axolotl from resizing the embeddings: the rows of the markers are in the adapter."""

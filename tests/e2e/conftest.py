@@ -312,6 +312,16 @@ def diverged(workshop: Workshop, runs: Runs) -> Result:
 
 
 @job
+def resumed_before_a_torn_checkpoint(workshop: Workshop, runs: Runs) -> Result:
+    """Two more steps would follow checkpoint-4, but it was torn: four follow checkpoint-2."""
+    name, changes = "torn", {"save_strategy": "steps", "save_steps": 2, "eval_strategy": None, "eval_steps": None}
+    workshop.train(name, max_steps=4, **changes)
+    torn = workshop.output(name) / "checkpoint-4" / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    return workshop.run("train", name, auto_resume_from_checkpoints=True, **changes).ok()
+
+
+@job
 def four_bit(workshop: Workshop, runs: Runs) -> Result:
     return workshop.run("train", "four_bit", load_in_4bit=True, max_steps=1)
 

@@ -201,3 +201,11 @@ def test_weights_that_are_no_numbers_are_not_saved(runs: Any, workshop: Any) -> 
     assert workshop.output("diverged") / "adapter_model.safetensors" not in saved
     for path in saved:
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values()), path
+
+
+@pytest.mark.needs("resumed_before_a_torn_checkpoint", "reference")
+def test_a_torn_checkpoint_is_not_resumed_from(runs: Any, workshop: Any) -> None:
+    log = runs.get("resumed_before_a_torn_checkpoint").log
+    assert "checkpoint-4 is not resumed from: optimizer.pt is torn." in log
+    assert log.count("'loss':") == 4
+    assert largest_difference(workshop.output("torn"), runs.get("reference")) < 1e-5
