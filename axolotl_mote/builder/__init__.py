@@ -8,6 +8,7 @@ The modules and sub-packages, each importing only those before it:
     texts     questions, prompts, defects of generated text, verdicts
     clients   what answers a call: a local model or a server
     loop      the adaptive loop and its journal
+    shards    a build split over many hosts
     output    data files, manifest, statistics
     run       drives the loop with clients and journal, then writes the output
 

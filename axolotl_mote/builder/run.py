@@ -33,6 +33,7 @@ from axolotl_mote.builder.loop.journal import GroupCommit, Journal
 from axolotl_mote.builder.loop.replay import replay
 from axolotl_mote.builder.output.results import RunRecord, dropped_row, set_aside, write_results
 from axolotl_mote.builder.settings import STAGES, LocalModel, ServerModel, Settings, identity
+from axolotl_mote.builder.shards import JOURNAL, Shard, journals_of_shards
 from axolotl_mote.builder.texts.prompts import Prompts
 from axolotl_mote.builder.texts.questions import screen_questions
 from axolotl_mote.chain.questions import Question
@@ -90,6 +91,8 @@ def build(
     settings: Settings,
     *,
     restart: bool = False,
+    shard: Shard | None = None,
+    merge: bool = False,
     on_progress: Callable[[Status], None] = lambda _: None,
     on_count: Callable[[str, int], None] = lambda what, count: None,
 ) -> BuildReport:
@@ -98,6 +101,8 @@ def build(
     Args:
         settings: The build.
         restart: Put an existing journal aside and begin a new one.
+        shard: Build this share of the questions, in a folder of its own below the output folder.
+        merge: Take over what the journals of all shards hold, call no model, and write the results of the whole build.
         on_progress: Called after every question.
         on_count: Called with what is counted and its number so far: "rows read" while questions are read, "calls read
             from the journal" while it is opened, "results collected" once all calls are done.
@@ -113,20 +118,27 @@ def build(
     """
     started = time.time()
     prompts = Prompts(settings.active_specs(), settings.prompts, settings.hygiene.control_tokens)
+    parts = journals_of_shards(settings.output) if merge else []
+    if shard is not None:
+        settings = settings.model_copy(update={"output": shard.folder(settings.output)})
     folder = settings.output
     folder.mkdir(parents=True, exist_ok=True)
     with Backlog(folder) as questions, RowSpool(folder) as dropped:
-        _load(settings, questions, dropped, partial(on_count, "rows read"))
+        _load(settings, shard, questions, dropped, partial(on_count, "rows read"))
         reading = partial(on_count, "calls read from the journal")
         what = identity(settings, prompts.hashes)
-        with Journal(folder / "journal.jsonl", what, restart=restart, on_progress=reading) as journal:
+        with Journal(folder / JOURNAL, what, restart=restart, on_progress=reading) as journal:
+            for path in parts:
+                with Journal(path, what, on_progress=reading) as part:
+                    journal.add_all(part)
             aside = [journal.set_aside] if journal.set_aside else []
             chains = folder / "chains.jsonl"
             if not len(journal) and chains.exists() and chains.stat().st_size:  # of another journal
                 aside += set_aside(folder)
             run = _Run(settings, prompts, journal, questions, on_progress)
             try:
-                run.execute()
+                if not merge:
+                    run.execute()
             finally:
                 budget = run.budget
                 record = RunRecord(started, time.time() - started, budget.requests, budget.tokens, run.stopped)
@@ -136,14 +148,21 @@ def build(
     return BuildReport(counts, run.stopped, record.seconds, record.requests, record.tokens, moved)
 
 
-def _load(settings: Settings, questions: Backlog, dropped: RowSpool, on_rows_read: Callable[[int], None]) -> None:
-    """Read the questions of a build, and the rows it cannot use."""
+def _load(
+    settings: Settings,
+    shard: Shard | None,
+    questions: Backlog,
+    dropped: RowSpool,
+    on_rows_read: Callable[[int], None],
+) -> None:
+    """Read the questions of a build, or of one share, and the rows it cannot use."""
     rows = screen_questions(
         settings.questions, settings.exclude, settings.deduplicate, settings.seed, on_progress=on_rows_read
     )
     for row in rows:
         if isinstance(row, Question):
-            questions.add(row)
+            if shard is None or shard.owns(row):
+                questions.add(row)
         else:
             dropped.append(dropped_row(row))
 

@@ -30,15 +30,27 @@ _LINE_EVERY = 10_000  # where there is no bar
     "or contain one are dropped. May be repeated.",
 )
 @click.option("--restart", is_flag=True, help="Put an existing journal aside and begin a new one.")
-def command(config: Path, output: Path | None, limit: int | None, exclude: tuple[str, ...], restart: bool) -> None:
+@click.option("--shard", metavar="I/N", help="Build this share of the questions, on one of N hosts; I counts from 1.")
+@click.option("--merge", is_flag=True, help="Write one data set from the journals of all shards; calls no model.")
+def command(
+    config: Path,
+    output: Path | None,
+    limit: int | None,
+    exclude: tuple[str, ...],
+    restart: bool,
+    shard: str | None,
+    merge: bool,
+) -> None:
     """Write a chain data set: the model aligns itself on your questions.
 
     CONFIG is a build file; docs/build-reference.md explains every key. You can stop the command at any time and
     run it again: no work is lost and none is done twice.
 
     \b
-    Example:
+    Examples:
       axolotl mote build example_configs/build_local.yml --exclude xstest --exclude mine.jsonl
+      axolotl mote build build.yml --shard $SLURM_ARRAY_TASK_ID/8       in a job of --array=1-8
+      axolotl mote build build.yml --merge                              after it
 
     \b
     Exit status:
@@ -49,7 +61,7 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
     """
     try:
         with usage_errors(extra="build"):
-            status = _build(config, output, limit, exclude, restart)
+            status = _build(config, output, limit, exclude, restart, shard, merge)
     except KeyboardInterrupt:  # while questions are read or results written; the journal has all that was done
         click.echo("Interrupted. Run the same command again to continue.", err=True)
         status = 130
@@ -57,13 +69,27 @@ def command(config: Path, output: Path | None, limit: int | None, exclude: tuple
         raise SystemExit(status)
 
 
-def _build(config: Path, output: Path | None, limit: int | None, exclude: tuple[str, ...], restart: bool) -> int:
+def _build(
+    config: Path,
+    output: Path | None,
+    limit: int | None,
+    exclude: tuple[str, ...],
+    restart: bool,
+    shard: str | None,
+    merge: bool,
+) -> int:
     """The work of the command; returns the exit status."""
+    if merge and (shard or restart):
+        raise ValueError(
+            f"--merge must be given without {'--shard' if shard else '--restart'}; got both. Leave one out."
+        )
     from axolotl_mote.benchmarks.sources import BENCHMARKS
     from axolotl_mote.builder.clients.calls import FatalCallError
     from axolotl_mote.builder.run import build
     from axolotl_mote.builder.settings import QuestionSource, load_settings
+    from axolotl_mote.builder.shards import Shard
 
+    part = None if shard is None else Shard.parse(shard)
     settings = load_settings(config)
     changed: dict[str, object] = {}
     if output is not None:
@@ -76,10 +102,18 @@ def _build(config: Path, output: Path | None, limit: int | None, exclude: tuple[
     settings = settings.model_copy(update=changed)
     try:
         with _Progress() as progress:  # aiohttp and others are imported when they are first needed
-            report = build(settings, restart=restart, on_progress=progress.show, on_count=progress.show_count)
+            report = build(
+                settings,
+                restart=restart,
+                shard=part,
+                merge=merge,
+                on_progress=progress.show,
+                on_count=progress.show_count,
+            )
     except FatalCallError as error:
         raise click.ClickException(str(error)) from error
-    _print_report(report, settings.output)
+    again = "Run the shards again, then --merge" if merge else "Run the same command again"
+    _print_report(report, part.folder(settings.output) if part else settings.output, again)
     if report.stopped == "interrupted":
         return 130
     return 3 if report.counts["pending"] else 0
@@ -140,7 +174,7 @@ class _Progress:
             self._console.print(f"{status.done}/{status.total} questions: {note}")
 
 
-def _print_report(report: BuildReport, output: Path) -> None:
+def _print_report(report: BuildReport, output: Path, again: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -167,6 +201,4 @@ def _print_report(report: BuildReport, output: Path) -> None:
     )
     if report.stopped or counts["pending"]:
         why = f"Stopped: {report.stopped}. " if report.stopped else ""
-        console.print(
-            f"{why}Run the same command again to continue; {counts['pending']} questions are left.", soft_wrap=True
-        )
+        console.print(f"{why}{again} to continue; {counts['pending']} questions are left.", soft_wrap=True)

@@ -98,6 +98,30 @@ def test_limit_output_and_exclude(config: Path, tmp_path: Path) -> None:
     assert "excluded" in (tmp_path / "elsewhere" / "rejected.jsonl").read_text()
 
 
+def test_shards_and_their_merge(config: Path) -> None:
+    for number in (1, 2):
+        done = run(config, "--shard", f"{number}/2")
+        assert done.exit_code == 0, done.output
+        assert f"shard-{number}-of-2" in done.output.replace("\n", "")
+    merged = run(config, "--merge")
+    assert merged.exit_code == 0, merged.output
+    assert "0 requests" in merged.output
+    assert len((config.parent / "out" / "chains.jsonl").read_text().splitlines()) == 3
+    for wrong in (["--shard", ""], ["--shard", "3/2"], ["--merge", "--shard", "1/2"], ["--merge", "--restart"]):
+        refused = run(config, *wrong)
+        assert refused.exit_code == 1
+        assert "must be" in refused.output
+        assert "Traceback" not in refused.output
+
+
+def test_a_merge_before_the_shards_are_done_says_what_to_do(config: Path) -> None:
+    edit(config, budget={"requests": 1})
+    assert {run(config, "--shard", f"{number}/2").exit_code for number in (1, 2)} == {3}
+    merged = run(config, "--merge")
+    assert merged.exit_code == 3
+    assert "Run the shards again, then --merge" in merged.output
+
+
 def test_a_budget_exits_with_3_until_all_is_done(config: Path) -> None:
     edit(config, budget={"requests": 4})
     first = run(config)

@@ -104,6 +104,18 @@ class Journal(Closing):
             if new:
                 self._offsets.update(zip(new, self._log.append(new.values()), strict=True))
 
+    def add_all(self, other: Journal) -> None:
+        """Record what another journal of the same build holds; calls recorded before stay as they are.
+
+        Raises:
+            OSError: If they cannot be written; what was written before stays.
+        """
+        keys = [key for key in other if key not in self._offsets]
+        for start in range(0, len(keys), 1000):
+            lines = {key: other._record_at(other._offsets[key]) for key in keys[start : start + 1000]}
+            with self._writing:
+                self._offsets.update(zip(lines, self._log.append(lines.values()), strict=True))
+
     def close(self) -> None:
         """Release the file; safe to call twice."""
         self._log.close()
@@ -136,10 +148,14 @@ class Journal(Closing):
         return offsets
 
     def _completion_at(self, offset: int) -> Completion:
+        record = self._record_at(offset)
+        return Completion(**{key: record[key] for key in _FIELDS})
+
+    def _record_at(self, offset: int) -> dict[str, Any]:
         record = parse_row(self._log.line_at(offset))
         if isinstance(record, RowFault):
             raise JournalError(f"{self._path} must not change while a build runs; got: {record} Start the build again.")
-        return Completion(**{key: record[key] for key in _FIELDS})
+        return record
 
     def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Offset and content of every line."""
