@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -91,10 +92,10 @@ def check_file(path: Path, steps: Sequence[str], columns: Columns = PLAIN_COLUMN
     Raises:
         ChainDataError: As ``check_rows``.
     """
-    rows = _read_json_list(path) if _holds_list(path) else list(read_jsonl(path))
-    if not rows:
+    rows = iter(_read_json_list(path)) if _holds_list(path) else read_jsonl(path)  # the latter line by line
+    if (first := next(rows, None)) is None:
         raise ChainDataError(f"{path} must hold at least one chain; got none. Add rows.")
-    check_rows(((number, columns.read(row)) for number, row in rows), steps, f"{path}{columns}")
+    check_rows(((number, columns.read(row)) for number, row in chain([first], rows)), steps, f"{path}{columns}")
 
 
 def _holds_list(path: Path) -> bool:
