@@ -62,14 +62,19 @@ def _check(program: list[str], name: str, folder: Path) -> None:
     from axolotl_mote.serving.command import value_of
 
     console = Console()
+    if hidden := [part for part in program if part.startswith(("--uds", "--ssl-"))]:
+        raise click.ClickException(f"--check must reach the server over HTTP; got {hidden[0]}. Leave it out.")
+    host = value_of("--host", program) or ""
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # all addresses; noqa: S104
+    key = value_of("--api-key", program) or os.environ.get("VLLM_API_KEY") or "none"
     if (port := value_of("--port", program)) is None:
         port = str(free_port())
         program = [*program, "--port", port]
     with tempfile.TemporaryDirectory() as scratch, console.status("Starting the server") as status:
         try:
-            with running_server(program, int(port), Path(scratch) / "log") as url:
+            with running_server(program, int(port), Path(scratch) / "log", host) as url:
                 status.update("Asking")
-                client = openai.OpenAI(base_url=url, api_key="none", timeout=3600, max_retries=0)
+                client = openai.OpenAI(base_url=url, api_key=key, timeout=3600, max_retries=0)
                 said = ask_server(client, name, folder)
         except (RuntimeError, openai.OpenAIError) as error:
             raise click.ClickException(str(error)) from error

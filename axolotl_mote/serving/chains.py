@@ -25,7 +25,13 @@ STEPS, LIMIT = "steps", "step_limit"
 CONTRADICTING = ("allowed_token_ids", "bad_words", "min_tokens", "structured_outputs")
 """Parameters of sampling that could leave no token of a valid chain."""
 
+CONTRADICTING_REQUEST = ("tools", "stop_token_ids", "use_beam_search", *CONTRADICTING)
+"""Options of a request that could do so; formats besides."""
+
 CONTRADICTION = "{} must be left out of a request with steps; a chain has its own form. Remove it."
+
+
+LIMIT_ALONE = "step_limit must come with steps; got none. Add steps: 'adaptive'."
 
 
 def check_request(values: Mapping[str, Any], vocabulary: StepVocabulary, max_tokens: int | None) -> None:
@@ -59,7 +65,10 @@ def _plan_and_budget(values: Mapping[str, Any], vocabulary: StepVocabulary, max_
     if limit is not None and not (type(limit) is int and limit <= UNLIMITED):
         raise ValueError(f"step_limit must be a whole number up to {UNLIMITED}; got {limit!r}. Correct it.")
     plan = make_plan(names, vocabulary)
-    return plan, make_budget(plan, vocabulary, UNLIMITED if max_tokens is None else max_tokens, limit)
+    try:
+        return plan, make_budget(plan, vocabulary, UNLIMITED if max_tokens is None else max_tokens, limit)
+    except ValueError as error:  # in the words of a request
+        raise ValueError(str(error).replace("max_new_tokens", "max_tokens").replace("step_limits", LIMIT)) from error
 
 
 class StepTables:

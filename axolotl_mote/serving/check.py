@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import openai
 
 MAX_TOKENS, STEP_LIMIT = 64, 16
-TOLERANCE = {"float32": 1e-3}
+TOLERANCE = dict.fromkeys(("float32", "float"), 1e-3)
 """Largest difference of a log-probability; other types round too coarsely for a fixed limit."""
 SHARE = 0.2
 """Most that the mean difference may be of the mean difference of a route that is late by one token."""
@@ -141,30 +141,37 @@ class CheckReport:
 
 
 @contextmanager
-def running_server(command: Sequence[str], port: int, log: Path) -> Iterator[str]:
+def running_server(command: Sequence[str], port: int, log: Path, host: str = "127.0.0.1") -> Iterator[str]:
     """Run a server until the block ends, also where this process is told to end.
 
     Args:
         command: What starts it.
-        port: Where it listens on this host.
+        port: Where it listens.
         log: Where its output goes.
+        host: The address at which it listens, of this host.
 
     Yields:
         Its base URL, once it is healthy.
 
     Raises:
-        RuntimeError: If it ends before that, with the end of its output.
+        RuntimeError: If another process listens there, or if it ends before that, with the end of its output.
     """
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            raise RuntimeError(f"--port must be free; got {port}, where something listens. Choose another.")
+    except OSError:
+        pass
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     ended = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # it must not outlive us
     try:
-        while not _is_healthy(port):
+        while not _is_healthy(url):
             if server.poll() is not None:
                 tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:])
                 raise RuntimeError(f"the server ended with status {server.returncode} before it answered:\n{tail}")
             time.sleep(1)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield f"{url}/v1"
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):  # the whole group: it has children
             with suppress(ProcessLookupError):
@@ -181,9 +188,9 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _is_healthy(port: int) -> bool:
+def _is_healthy(url: str) -> bool:
     try:
-        with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+        with urlopen(f"{url}/health", timeout=5):
             return True
     except OSError:
         return False

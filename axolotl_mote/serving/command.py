@@ -17,8 +17,20 @@ PARSER = "mote"
 PROCESSOR = "axolotl_mote.serving.logits:StepProcessor"
 """Value of --logits-processors."""
 
-_OURS = ("--reasoning-parser", "--logits-processors", "--enable-lora", "--no-enable-lora", "--model", "--tokenizer")
+FORMATS = "--structured-outputs-config"
+IN_REASONING = "enable_in_reasoning"
+"""Whether a request's format holds from the first token: vLLM never learns that reasoning ends, see ``parser``."""
+
+_MODULES = "--lora-modules"
+_FIXED = (
+    *("--reasoning-parser", "--logits-processors", "--enable-lora", "--no-enable-lora", "--model", "--tokenizer"),
+    "--chat-template",
+)
 """Flags whose values are fixed."""
+
+_SIZES = ("--max-lora-rank", "--max-loras", "--max-cpu-loras", "--served-model-name")
+_BEFORE = ("--name", "--dry-run", "--check")
+"""Options of `axolotl mote serve` itself."""
 
 
 def serve_arguments(folder: Path, name: str, given: Sequence[str] = ()) -> list[str]:
@@ -41,49 +53,109 @@ def serve_arguments(folder: Path, name: str, given: Sequence[str] = ()) -> list[
     config = read_mote_config(folder / ADAPTER)
     read_shapes(folder / ADAPTER, config)
     load_tokenizer(folder / BASE, str(folder / BASE), config)  # the ids of its markers are checked
-    given = [_dashed(argument) for argument in given]
-    flags = {flag.split("=")[0] for flag in given if flag.startswith("--")}
-    if wrong := sorted(flags & set(_OURS)):
-        raise ValueError(f"{wrong[0]} must be left to `axolotl mote serve`, which sets it. Remove it.")
-    modules, rest = _lora_modules(given)
-    loras = [f"{name}={folder / ADAPTER}", *modules]
+    given = [_dashed(argument) for argument in given if argument != "--"]
+    in_file = _flags_of_file(value_of("--config", given))
+    flags = {flag.split("=")[0] for flag in given if flag.startswith("--")} | in_file
+    _check_flags(flags, in_file)
+    modules, rest = _take(_MODULES, given)
+    _check_name(name, rest)
+    loras = [_module(name, folder / ADAPTER), *modules]
     sizes = {
         "--max-lora-rank": served_rank(config.total_rank),
         "--max-loras": len(loras) + 1,  # on a CPU vLLM gives requests of the base the last slot: it stays free
         "--max-cpu-loras": len(loras) + 1,
         "--served-model-name": "base",
     }
-    if not any(flag.startswith("--structured-outputs-config") for flag in flags):
-        sizes["--structured-outputs-config.enable_in_reasoning"] = "true"  # a request without steps may have a format
     ours = [item for flag, value in sizes.items() if flag not in flags for item in (flag, str(value))]
-    fixed = ["--enable-lora", "--lora-modules", *loras, "--reasoning-parser", PARSER, "--logits-processors", PROCESSOR]
-    return [str(folder / BASE), *fixed, *ours, *rest]
+    fixed = ["--enable-lora", _MODULES, *loras, "--reasoning-parser", PARSER, "--logits-processors", PROCESSOR]
+    return [str(folder / BASE), *fixed, *ours, *_with_formats(rest)]
 
 
 def _dashed(argument: str) -> str:
-    """A flag as vLLM reads it: underscores are dashes."""
-    name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") and "." not in name else argument
+    """A flag as vLLM reads it: underscores of its name are dashes."""
+    flag, equals, value = argument.partition("=")
+    name, dot, key = flag.partition(".")
+    return name.replace("_", "-") + dot + key + equals + value if name.startswith("--") else argument
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The value of a flag that is written as ``--flag value`` or ``--flag=value``; None if it is not given."""
-    for index, argument in enumerate(arguments):
-        if argument == flag:
-            return arguments[index + 1] if index + 1 < len(arguments) else None
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
+    """The last value of a flag, written as ``--flag value`` or ``--flag=value``; None if it is not given."""
+    found = _take(flag, arguments)[0]
+    return found[-1] if found else None
 
 
-def _lora_modules(given: list[str]) -> tuple[list[str], list[str]]:
-    """The user's own values of --lora-modules, and the other flags."""
-    flag = "--lora-modules"
-    if flag not in given:
-        return [], given
-    begin = given.index(flag)
-    end = next((n for n in range(begin + 1, len(given)) if given[n].startswith("--")), len(given))
-    return given[begin + 1 : end], given[:begin] + given[end:]
+def _take(flag: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """All values of a flag, however often and however it is written, and the other arguments."""
+    values: list[str] = []
+    rest: list[str] = []
+    takes = False
+    for argument in arguments:
+        takes = argument == flag or (takes and not argument.startswith("-"))
+        if takes:
+            values += [] if argument == flag else [argument]
+        elif argument.startswith(f"{flag}="):
+            values.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    return values, rest
+
+
+def _flags_of_file(path: str | None) -> set[str]:
+    """The flags that vLLM reads from the YAML file of --config."""
+    if path is None:
+        return set()
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config must be a YAML file; got {path}: {error}. Correct it.") from error
+    return {f"--{str(key).replace('_', '-')}" for key in values} if isinstance(values, dict) else set()
+
+
+def _check_flags(flags: set[str], in_file: set[str]) -> None:
+    """Refuse what would switch routing off, and what vLLM would read as another flag than we do."""
+    for flag in sorted(flags):
+        if flag in _FIXED:
+            raise ValueError(f"{flag} must be left to `axolotl mote serve`, which sets it. Remove it.")
+        if flag in _BEFORE:
+            raise ValueError(f"{flag} must stand before DIR; got it behind. Move it.")
+        # argparse takes the beginning of a flag for the flag.
+        whole = [full for full in (*_FIXED, *_SIZES, _MODULES, FORMATS) if full.startswith(flag) and full != flag]
+        if whole and flag not in _SIZES:
+            raise ValueError(f"{flag} must be written out; got the beginning of {whole[0]}. Write it whole.")
+    for flag in (_MODULES, FORMATS):
+        if flag in in_file:
+            raise ValueError(
+                f"{flag} must stand on the command line, where ours is added; got it in --config. Move it."
+            )
+
+
+def _check_name(name: str, given: Sequence[str]) -> None:
+    taken = _take("--served-model-name", given)[0] or ["base"]
+    if not name or name in taken:
+        raise ValueError(f"--name must be a name that the base does not have, {taken}; got {name!r}. Choose another.")
+
+
+def _module(name: str, folder: Path) -> str:
+    """A value of --lora-modules; vLLM takes NAME=PATH only without commas."""
+    if "," in str(folder) or "," in name or "=" in name:
+        return json.dumps({"name": name, "path": str(folder)})
+    return f"{name}={folder}"
+
+
+def _with_formats(given: Sequence[str]) -> list[str]:
+    """The user's flags, with formats that hold where a request asks for one, unless the user says otherwise."""
+    if value_of(f"{FORMATS}.{IN_REASONING}", given) is not None:
+        return list(given)
+    values, rest = _take(FORMATS, given)
+    if not values:
+        return [f"{FORMATS}.{IN_REASONING}", "true", *given]
+    try:
+        merged = {IN_REASONING: True} | json.loads(values[-1])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{FORMATS} must be a JSON object; got {values[-1]!r}: {error}. Correct it.") from error
+    return [FORMATS, json.dumps(merged), *rest]
 
 
 def _check_folder(folder: Path) -> None:

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.rows import check_messages
-from axolotl_mote.serving.chains import STEPS
+from axolotl_mote.serving.chains import CONTRADICTION, STEPS
 from axolotl_mote.serving.gate import Gate
 from axolotl_mote.serving.refusals import (
     MARKER_ROWS,
     check_adapter,
+    check_format,
     check_layers,
     check_rows,
     check_sampling,
@@ -66,6 +67,9 @@ HOOKS = {
     "vllm.parser.abstract_parser:DelegatingParser.parse": (
         "self, model_output, request, enable_auto_tools, model_output_token_ids"
     ),
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_beam_search_params": (
+        "self, max_tokens, default_sampling_params"
+    ),
     "vllm.renderers.hf:parse_chat_messages": _MESSAGES,
     "vllm.renderers.hf:parse_chat_messages_async": _MESSAGES,
     "vllm.renderers.hf:safe_apply_chat_template": (
@@ -76,6 +80,7 @@ HOOKS = {
 
 _INSTALLED = "mote_installed"
 _TEXTS = "messages must hold text alone for a model with steps. Remove the other parts."
+_THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
 _CACHE_KEY = "-mote-1"
 
 
@@ -394,6 +399,7 @@ def _gate_v1(gate: Gate, slots: Tensor, runner: Any, count: int, total: int) -> 
 
 def _hook_front() -> None:
     """Guard the texts of dialogues, and give the parser the ids of a complete output."""
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.exceptions import VLLMValidationError
     from vllm.parser.abstract_parser import DelegatingParser
     from vllm.renderers import hf
@@ -408,20 +414,25 @@ def _hook_front() -> None:
 
     @functools.wraps(messages)
     def parse_texts(given: Any, model_config: Any, *args: Any, **options: Any) -> Any:
+        given = _without_thoughts(given, model_config)
         return _texts_alone(model_config, messages(given, model_config, *args, **options))
 
     @functools.wraps(messages_async)
     async def parse_texts_async(given: Any, model_config: Any, *args: Any, **options: Any) -> Any:
+        given = _without_thoughts(given, model_config)
         return _texts_alone(model_config, await messages_async(given, model_config, *args, **options))
 
     @functools.wraps(process)
-    def process_inputs(self: Any, *args: Any, **options: Any) -> Any:
-        request, model = process(self, *args, **options), self.model_config
+    def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **options: Any) -> Any:
+        stops = list(getattr(params, "stop_token_ids", None) or ())  # before vLLM adds those of the model
+        request, model = process(self, request_id, prompt, params, *args, **options), self.model_config
         if request.sampling_params is not None:
             codec = _codec_of_server(str(model.tokenizer))
             adapter = request.lora_request and request.lora_request.lora_path
+            formats = self.vllm_config.structured_outputs_config
             try:
-                check_sampling(request.sampling_params, adapter, codec, model.logits_processors or ())
+                check_format(request.sampling_params, formats)
+                check_sampling(request.sampling_params, adapter, codec, model.logits_processors or (), stops)
             except ValueError as error:
                 raise VLLMValidationError(str(error)) from error  # status 400
             if codec and STEPS in (request.sampling_params.extra_args or {}):
@@ -443,9 +454,32 @@ def _hook_front() -> None:
             return apply(model_config, tokenizer, conversation, **options)
         return encode_dialogue(codec, conversation, options)
 
+    beams = CompletionRequest.to_beam_search_params
+
+    @functools.wraps(beams)
+    def to_beam_search_params(self: Any, *args: Any, **options: Any) -> Any:
+        if STEPS in (self.vllm_xargs or {}):  # they would be lost on the way
+            raise VLLMValidationError(CONTRADICTION.format("use_beam_search"))
+        return beams(self, *args, **options)
+
+    CompletionRequest.to_beam_search_params = to_beam_search_params
     DelegatingParser.parse, hf.safe_apply_chat_template = parse_with_ids, apply_guarded
     hf.parse_chat_messages, hf.parse_chat_messages_async = parse_texts, parse_texts_async
     InputProcessor.process_inputs = process_inputs
+
+
+def _without_thoughts(given: Any, model_config: Any) -> Any:
+    """Messages without reasoning among the parts of earlier answers; fields that hold it vLLM leaves out itself."""
+    if _codec_of_server(str(model_config.tokenizer)) is None:
+        return given
+    kept = []
+    for message in given:
+        content = message.get("content") if isinstance(message, dict) and message.get("role") == "assistant" else None
+        if isinstance(content, list):
+            parts = [p for p in content if not (isinstance(p, dict) and p.get("type") in _THOUGHTS)]
+            message = {**message, "content": parts or ""}
+        kept.append(message)
+    return kept
 
 
 def _texts_alone(model_config: Any, found: Any) -> Any:
@@ -490,6 +524,8 @@ def encode_dialogue(codec: ChainCodec, conversation: Any, options: Any) -> list[
         messages.append({"role": message["role"], "content": "".join(part["text"] for part in parts)})
     # An answer of the history may be empty, where a limit ended a chain before it.
     filled = [m | {"content": "-"} if m["role"] == "assistant" and not m["content"].strip() else m for m in messages]
+    if messages and messages[-1]["role"] in ("assistant", "system"):
+        raise ValueError(f"messages must end with a user turn; got {messages[-1]['role']!r}. Remove what follows it.")
     if faults := check_messages(filled):
         raise ValueError(" ".join(faults))
     return codec.encode_question(messages)

@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor import MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
 
 from axolotl_mote.chain.codec import ChainCodec
-from axolotl_mote.serving.chains import LIMIT, STEPS, StepTables
+from axolotl_mote.serving.chains import LIMIT, LIMIT_ALONE, STEPS, StepTables
 
 
 def steps_of(params: SamplingParams) -> Mapping[str, Any] | None:
@@ -44,7 +44,7 @@ class StepProcessor(ProcessorV1, ProcessorV2):
         """Refuse a limit without steps; names and limits are checked where the tokenizer is, in the parser."""
         extra = sampling_params.extra_args or {}
         if LIMIT in extra and STEPS not in extra:
-            raise ValueError("step_limit must come with steps; got none. Add steps: 'adaptive'.")
+            raise ValueError(LIMIT_ALONE)
 
     # --- V2 -----------------------------------------------------------------------------------------------------------
 

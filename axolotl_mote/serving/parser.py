@@ -14,11 +14,8 @@ from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.reasoning import ReasoningParser
 
 from axolotl_mote.chain.codec import ChainCodec
-from axolotl_mote.serving.chains import CONTRADICTING, CONTRADICTION, LIMIT, STEPS, check_request
+from axolotl_mote.serving.chains import CONTRADICTING_REQUEST, CONTRADICTION, LIMIT, LIMIT_ALONE, STEPS, check_request
 from axolotl_mote.serving.reasoning import ChainSplitter, split_chain
-
-_UNSUPPORTED = ("response_format", "tools", "stop_token_ids", "use_beam_search")
-"""Options of a request that a chain cannot honor together with steps."""
 
 
 @cache
@@ -92,16 +89,26 @@ class MoteReasoningParser(ReasoningParser):
         request.skip_special_tokens = False
         if hasattr(request, "spaces_between_special_tokens"):
             request.spaces_between_special_tokens = False
-        body = {key: value for key, value in (request.model_extra or {}).items() if key in (STEPS, LIMIT)}
+        extra = request.model_extra or {}
+        body = {key: extra[key] for key in (STEPS, LIMIT) if extra.get(key) is not None}
         if (getattr(request, "kv_transfer_params", None) or {}).get("prompt_token_ids"):
             raise ValueError("kv_transfer_params must hold no prompt_token_ids: no template made them. Remove them.")
         values = (getattr(request, "vllm_xargs", None) or {}) | body
         if values:
             request.vllm_xargs = values
         if STEPS not in values:
+            if LIMIT in values:
+                raise ValueError(LIMIT_ALONE)
             return request
-        for name in (*_UNSUPPORTED, *CONTRADICTING):  # here, so that a stream has not begun yet
+        for name in CONTRADICTING_REQUEST:  # here, so that a stream has not begun yet
             if getattr(request, name, None):
+                raise ValueError(CONTRADICTION.format(name))
+        formats = {
+            "response_format": getattr(request, "response_format", None),  # of chat
+            "text.format": getattr(getattr(request, "text", None), "format", None),  # of responses
+        }
+        for name, form in formats.items():
+            if getattr(form, "type", "text") != "text":
                 raise ValueError(CONTRADICTION.format(name))
         limits = (getattr(request, f"max_{kind}tokens", None) for kind in ("completion_", "", "output_"))
         check_request(values, self._codec.vocabulary, next((limit for limit in limits if limit), None))

@@ -18,7 +18,7 @@ from axolotl_mote.export.served import check_can_be_gated, served_rank
 from axolotl_mote.generation.folder import WEIGHTS, check_fits, read_mote_config, read_shapes
 from axolotl_mote.generation.loading import load_tokenizer
 from axolotl_mote.serving.chains import CONTRADICTING, CONTRADICTION, STEPS, check_request, requested_steps
-from axolotl_mote.serving.command import PROCESSOR
+from axolotl_mote.serving.command import FORMATS, IN_REASONING, PARSER, PROCESSOR
 from axolotl_mote.serving.routes import MAX_STEPS, Route
 
 MARKER_ROWS = "lora_marker_rows"
@@ -136,7 +136,26 @@ def _vocabulary_of(folder: str) -> StepVocabulary | None:
     return route.vocabulary if route else None
 
 
-def check_sampling(params: Any, adapter: str | None, codec: ChainCodec | None, processors: Iterable[Any]) -> None:
+def check_format(params: Any, formats: Any) -> None:
+    """Check that a format that a request asks for is kept: vLLM leaves it alone until the reasoning ends, here never.
+
+    Args:
+        params: vLLM's ``SamplingParams``.
+        formats: The server's ``StructuredOutputsConfig``.
+
+    Raises:
+        ValueError: If the server would not keep it.
+    """
+    if params.structured_outputs and formats.reasoning_parser == PARSER and not formats.enable_in_reasoning:
+        raise ValueError(
+            f"a format must be asked of a server with {FORMATS}.{IN_REASONING} true; this one would ignore it. "
+            "Start it with `axolotl-mote serve`."
+        )
+
+
+def check_sampling(
+    params: Any, adapter: str | None, codec: ChainCodec | None, processors: Iterable[Any], stops: Iterable[int] = ()
+) -> None:
     """Check a request with steps where its final parameters are known, whichever endpoint it came from.
 
     Args:
@@ -144,6 +163,7 @@ def check_sampling(params: Any, adapter: str | None, codec: ChainCodec | None, p
         adapter: Folder of the LoRA that it names; None: the base.
         codec: That of the served base; None if it has no steps.
         processors: The engine's logits processors, by name or class.
+        stops: The request's own ``stop_token_ids``.
 
     Raises:
         ValueError: If the grammar cannot be followed.
@@ -155,9 +175,11 @@ def check_sampling(params: Any, adapter: str | None, codec: ChainCodec | None, p
         raise ValueError(
             "steps must be asked of a server with markers and a step grammar. Start it with `axolotl-mote serve`."
         )
-    for name in CONTRADICTING:
-        if getattr(params, name, None):
+    given = {name: getattr(params, name, None) for name in CONTRADICTING} | {"stop_token_ids": list(stops)}
+    for name, value in given.items():
+        if value:
             raise ValueError(CONTRADICTION.format(name))
+    check_request(values, codec.vocabulary, params.max_tokens)
     own = adapter and _vocabulary_of(adapter)
     if own and own.steps != codec.vocabulary.steps:
         names = requested_steps(values)
@@ -165,7 +187,6 @@ def check_sampling(params: Any, adapter: str | None, codec: ChainCodec | None, p
             raise ValueError(
                 f"steps must list steps of this adapter, {list(own.steps)}; got {values[STEPS]!r}. Correct them."
             )
-    check_request(values, codec.vocabulary, params.max_tokens)
 
 
 def refuse_groups(runner: Any, folder: str) -> None:

@@ -81,9 +81,9 @@ def test_requests_move_between_slots_and_leave_nothing_behind():
         ({"steps": ["response", "check"]}, None, "must not hold 'check' at a server"),
         ({"steps": []}, None, "must be 'adaptive' or a list of step names"),
         ({"steps": 3}, None, "must be 'adaptive' or a list of step names"),
-        ({"steps": "adaptive", "step_limit": 0}, None, "step_limits must be at least 1"),
+        ({"steps": "adaptive", "step_limit": 0}, None, "step_limit must be at least 1"),
         ({"steps": "adaptive", "step_limit": "4"}, None, "step_limit must be a whole number"),
-        ({"steps": ["response"]}, 2, "max_new_tokens must be at least 3"),
+        ({"steps": ["response"]}, 2, "max_tokens must be at least 3"),
     ],
 )
 def test_wrong_requests_are_refused_before_and_answered_with_nothing_after(values, max_tokens, message):

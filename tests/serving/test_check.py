@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -155,7 +156,7 @@ def test_the_command_says_what_it_found(monkeypatch, folder, said, spoilt, statu
     answers = [replace(one, seen=1) for one in said] if spoilt else said
 
     class Running:
-        def __init__(self, command: list[str], port: int, log: Path) -> None:
+        def __init__(self, command: list[str], port: int, log: Path, host: str) -> None:
             started.append((command, port))
 
         def __enter__(self) -> str:
@@ -173,3 +174,52 @@ def test_the_command_says_what_it_found(monkeypatch, folder, said, spoilt, statu
     assert (port, stopped, command.count("--port")) == (4567, "stopped", 1)
     assert ("wrong: 16 prompts" in result.output) == spoilt
     assert "16 of 16 chains equal" in " ".join(result.output.split())
+
+
+def test_a_port_on_which_another_server_listens_is_refused(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        command = [sys.executable, "-c", "raise SystemExit('started')"]
+        with (
+            pytest.raises(RuntimeError, match=f"^--port must be free; got {port}, where something listens"),
+            check.running_server(command, port, tmp_path / "log"),
+        ):
+            pass
+    assert not (tmp_path / "log").exists()
+
+
+def test_another_address_and_a_key_are_used(monkeypatch, folder, said):
+    started: list[Any] = []
+
+    class Running:
+        def __init__(self, command: list[str], port: int, log: Path, host: str) -> None:
+            started.append(host)
+
+        def __enter__(self) -> str:
+            return "http://127.0.0.1:1/v1"
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    def ask(client: Any, name: str, place: Path) -> Any:
+        started.append(client.api_key)
+        return said
+
+    monkeypatch.setattr(check, "running_server", Running)
+    monkeypatch.setattr(check, "ask_server", ask)
+    monkeypatch.setattr("axolotl_mote.serving.compat.check_version", lambda: None)
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    for flags in (["--host", "127.0.0.2", "--api-key=k"], ["--host=0.0.0.0"], []):
+        assert CliRunner().invoke(serve.command, ["--check", str(folder), *flags]).exit_code == 0
+    assert started == ["127.0.0.2", "k", "127.0.0.1", "none", "127.0.0.1", "none"]
+    for flag in ("--uds", "--ssl-keyfile"):
+        refused = CliRunner().invoke(serve.command, ["--check", str(folder), flag, "x"])
+        assert refused.exit_code == 1
+        assert f"--check must reach the server over HTTP; got {flag}" in refused.output
+
+
+def test_a_server_at_another_address_is_found(tmp_path):
+    port = check.free_port()
+    command = [sys.executable, "-c", SERVER.replace("127.0.0.1", "127.0.0.2"), str(port)]
+    with check.running_server(command, port, tmp_path / "log", "127.0.0.2") as url:
+        assert url == f"http://127.0.0.2:{port}/v1"

@@ -127,3 +127,16 @@ def test_several_cache_groups_are_refused_for_mote_adapters_alone(adapters, tmp_
     refusals.refuse_groups(runner(2), str(tmp_path))
     with pytest.raises(ValueError, match="one KV cache group on the V1 runner; this model has 2"):
         refusals.refuse_groups(runner(2), str(adapters / "all"))
+
+
+@pytest.mark.parametrize("asked", [None, object()])
+@pytest.mark.parametrize("parser", ["mote", "", "qwen3"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_format_that_would_be_ignored_is_refused(asked: Any, parser: str, kept: bool) -> None:
+    params = SimpleNamespace(structured_outputs=asked)
+    formats = SimpleNamespace(reasoning_parser=parser, enable_in_reasoning=kept)
+    if asked and parser == "mote" and not kept:
+        with pytest.raises(ValueError, match=r"enable_in_reasoning true; this one would ignore it\. Start it with"):
+            refusals.check_format(params, formats)
+    else:
+        refusals.check_format(params, formats)

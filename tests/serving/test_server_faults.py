@@ -51,6 +51,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     """One for all tests; adapters with faults are loaded while it runs, by the function that loads those at start."""
     flags = ["--max-model-len", 4096, "--max-num-seqs", 16]
     flags += ["--lora-modules", f"plain={folder / 'plain'}", f"two={folder / 'two'}"]
+    flags += ["--structured-outputs-config.backend", "xgrammar"]  # beside ours, by which formats hold
     log = tmp_path_factory.mktemp("server") / "log"
     one = Server(mote_command(folder, *flags), free_port(8000), log, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
     one.start()
@@ -302,7 +303,7 @@ def test_streamed_choices_and_usage_are_those_in_one_piece(server, options):
 
 def test_a_chain_that_one_token_cannot_hold_is_refused(server):
     for stream in (False, True):
-        with pytest.raises(openai.BadRequestError, match="max_new_tokens must be at least 6"):
+        with pytest.raises(openai.BadRequestError, match="max_tokens must be at least 6"):
             ask(server, max_tokens=1, stream=stream)
 
 
@@ -322,6 +323,57 @@ def test_a_chain_that_one_token_cannot_hold_is_refused(server):
 def test_what_the_grammar_cannot_honor_is_refused(server, options, said):
     with pytest.raises(openai.BadRequestError, match=said):
         ask(server, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"vllm_xargs": {"steps": "zzz"}, "use_beam_search": True, "n": 2}, "use_beam_search must be left out"),
+        ({"vllm_xargs": {"steps": "adaptive"}, "stop_token_ids": [65]}, "stop_token_ids must be left out"),
+        ({"vllm_xargs": {"steps": 5}, "model": "two"}, "steps must be 'adaptive' or a list"),
+        ({"vllm_xargs": {"steps": 5}}, "steps must be 'adaptive' or a list"),
+    ],
+)
+def test_raw_completions_are_refused_alike(server, options, said):
+    body = {"model": "mote", "prompt": "hi", "max_tokens": 20, **options}
+    done = httpx.post(f"{server.client.base_url}completions", json=body, timeout=60)
+    assert (done.status_code, said in done.text) == (400, True), done.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"step_limit": 5}, "step_limit must come with steps"),
+        ({"steps": BOTH, "text": {"format": {"type": "json_object"}}}, "text.format must be left out"),
+    ],
+)
+def test_responses_refuse_before_a_stream_begins(server, body, said, stream):
+    body = {"model": "mote", "input": "hi", "max_output_tokens": 40, "stream": stream, **body}
+    done = httpx.post(f"{server.client.base_url}responses", json=body, timeout=60)
+    assert (done.status_code, said in done.text) == (400, True), done.text
+
+
+def test_what_says_nothing_is_no_contradiction(server):
+    plain = seen(ask(server))
+    assert seen(ask(server, response_format={"type": "text"}, tools=None)) == plain
+    assert seen(ask(server, steps=None)) == seen(ask(server, steps=None, **{"step_limit": None}))
+
+
+@pytest.mark.parametrize("kind", ["thinking", "reasoning", "redacted_thinking"])
+def test_reasoning_among_the_parts_of_earlier_answers_is_left_out(server, kind):
+    def history(parts: Any) -> Any:
+        return ask(server, [user("hi"), {"role": "assistant", "content": parts}, user("and now?")])
+
+    text = {"type": "text", "text": "yo"}
+    plain, thought = history([text]), history([{"type": kind, kind: "SECRET", "thinking": "SECRET"}, text])
+    assert seen(thought) == seen(plain)
+    assert thought.usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+def test_a_dialogue_that_ends_with_an_answer_says_what_to_remove(server):
+    with pytest.raises(openai.BadRequestError, match="messages must end with a user turn; got 'assistant'"):
+        ask(server, [user("hi"), {"role": "assistant", "content": "yo"}])
 
 
 # --- files that are wrong ---------------------------------------------------------------------------------------------
