@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv model quickstart test test-fast check format docs docs-site tutorial bench gpu-bench decode-bench \
-        server-bench build-bench options-bench gpu-session stats-bench gpu-check families compat compat-newest package selfalign clean
+        server-bench build-bench options-bench gpu-session data-bench stats-bench gpu-check two-hosts families compat compat-newest package selfalign clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,10 @@ gpu-session: ## On a machine with a GPU: all checks and benchmarks in under 10 m
 
 gpu-check: $(STAMP) ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+two-hosts: $(MODEL)/config.json ## As root: torchrun on two hosts that are namespaces of this one; the cable cut, other data, a rank killed
+	@[ "$$(id -u)" = 0 ] && command -v ip unshare > /dev/null || { echo "two-hosts: SKIPPED, it needs root, ip and unshare" >&2; exit 1; }
+	TWO_HOSTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e/test_two_hosts.py $(ARGS)
 
 families: $(STAMP) ## All oracles on every family of causal models that transformers knows, and docs/support-matrix.md
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families/matrix.py --page $(ARGS)
@@ -214,6 +218,9 @@ build-bench: $(STAMP) ## A build of 100,000 questions without a model: seconds a
 
 options-bench: $(MODEL)/config.json ## Two steps with each axolotl option by itself
 	$(BIN)/python tests/bench/options.py $(ARGS)
+
+data-bench: $(MODEL)/config.json ## Checking, encoding and describing 100,000 chains: rows a second and memory
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/data_size.py $(MODEL) $(ARGS)
 
 stats-bench: $(STAMP) ## Statistics of 6,000 chains: seconds and memory
 	$(BIN)/python tests/bench/statistics_speed.py

@@ -7,6 +7,7 @@ The modules, each importing only those before it:
     base_model   the base model: quantization, attention, compilation
     dataset      `type: axolotl_mote.chain`: files checked, rows encoded
     template     `chat_template_kwargs`, fixed in the chat template
+    hosts        data and versions of all hosts compared
     checkpoints  which checkpoint a run resumes from
     trainer      the loss by step, its item count and its metrics
     selfcheck    when training checks itself

@@ -30,6 +30,7 @@ from axolotl_mote.training.compat import (
     undo_patches,
     uses_zero3,
 )
+from axolotl_mote.training.hosts import check_hosts
 from axolotl_mote.training.template import fix_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
@@ -213,11 +214,12 @@ class MotePlugin(BasePlugin):
         return type("MoteTrainer", (MoteTrainer,), attributes)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        """Check that no other plugin has replaced the trainer, as axolotl takes the first one it is given.
+        """Check that all hosts train on the same data, and that no other plugin has replaced the trainer.
 
-        Under ZeRO-3, the callback that runs the self-check.
+        axolotl takes the first one it is given. Under ZeRO-3, the callback that runs the self-check.
         """
         if _uses_mote_or_chains(cfg):
+            check_hosts(cfg)
             from axolotl_mote.training.trainer import MoteTrainer
 
             if not isinstance(trainer, MoteTrainer):
