@@ -141,6 +141,15 @@ class ChainCodec:
         return {token: content.content for token, content in added if content.special} | dict(named)
 
     @cached_property
+    def _control(self) -> frozenset[int]:
+        """Ids that no text may produce: the special tokens, but for one that only stands for what cannot be spelled."""
+        unknown = self.tokenizer.unk_token
+        uses = [name for name, token in self.tokenizer.special_tokens_map.items() if token == unknown]
+        if unknown is None or len(uses) > 1 or unknown in self._template_text:
+            return frozenset(self._special_tokens)
+        return frozenset(self._special_tokens) - {self.tokenizer.unk_token_id}
+
+    @cached_property
     def end_of_turn(self) -> tuple[int, ...]:
         """What the chat template puts between an assistant's text and the next turn, up to its last special token.
 
@@ -220,8 +229,30 @@ class ChainCodec:
     # --- encoding ---------------------------------------------------------------------------------------------------
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode text as ordinary text: no special token is recognized in it and none is added."""
-        return self._encode(text, split_special_tokens=True)
+        """Encode text as ordinary text: no special token is recognized in it and none is added.
+
+        Raises:
+            ValueError: If the token for what the tokenizer cannot spell has another use, such as padding.
+        """
+        ids = self._encode(text, split_special_tokens=True)
+        if self._control.isdisjoint(ids):
+            return ids
+        # Some models hold their special tokens as ordinary pieces too (Unigram).
+        pieces = re.split(rf"(?s)(?<=(?=(?:{self._guarded.pattern})).)", text)
+        return [token for piece in pieces for token in self._encode_apart(piece)]
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """Encode text, cut into halves until no special token comes out."""
+        ids = self._encode(text, split_special_tokens=True)
+        if self._control.isdisjoint(ids):
+            return ids
+        if len(text) == 1:
+            raise ValueError(
+                f"the tokenizer must spell every character, or have an unk_token without another use; it encodes "
+                f"{text!r} as {self.tokenizer.decode(ids)}. Set unk_token, or leave the character out."
+            )
+        middle = len(text) // 2
+        return self._encode_apart(text[:middle]) + self._encode_apart(text[middle:])
 
     def _encode(self, text: str, **options: bool) -> list[int]:
         with _ENCODING:

@@ -324,6 +324,34 @@ def test_a_normalizer_does_not_make_markers(smollm2_dir: Path, normalizer: str) 
         assert not set(codec.encode_text(text)) & set(codec.vocabulary.marker_ids), text
 
 
+def test_a_model_that_holds_its_special_tokens_as_pieces_does_not_find_them_in_a_text() -> None:
+    """Unigram models look for every piece that they have, switched off or not."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [
+        ("<unk>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        *((letter, -9.0) for letter in "abcdefghijklmnopqrstuvwxyz </>?|"),
+    ]
+    backend = Tokenizer(models.Unigram(pieces, 0))
+    backend.normalizer, backend.decoder = normalizers.NFKC(), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": markers(STEPS)})
+    tokenizer.chat_template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    codec = ChainCodec(tokenizer, STEPS)
+    for text in ("a </s> b", "</s>", "</s></s><s>", "<</s>s>", "a ＜/s＞ b", "<|response|>", "</s" + ">" * 3):
+        ids = codec.encode_text(text)
+        assert not set(ids) & codec.special_ids, text
+        assert tokenizer.decode(ids) == text.translate({0xFF1C: "<", 0xFF1E: ">"})
+        assert_harmless(codec, [{"role": "user", "content": text}])
+    assert codec.encode_text("Ω") == [tokenizer.unk_token_id]
+    tokenizer.pad_token = "<unk>"
+    with pytest.raises(ValueError, match=r"the tokenizer must spell every character, .* it encodes 'Ω' as <unk>"):
+        ChainCodec(tokenizer, STEPS).encode_text("abΩ")
+
+
 def test_only_role_and_content_reach_the_template(smollm2_dir: Path) -> None:
     """Templates render further fields of a turn, such as reasoning_content; those are not guarded, so not passed on."""
     tokenizer = build_tokenizer(smollm2_dir, "chatml")
