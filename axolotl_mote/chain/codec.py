@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from axolotl_mote.chain.parsing import ChainParser, MustClose
+from axolotl_mote.chain.quoting import CONTROL_TOKEN
 from axolotl_mote.chain.result import Chain
 from axolotl_mote.chain.steps import CHECK, IGNORE_INDEX, end_marker, markers, start_marker, validate_steps
 from axolotl_mote.chain.vocabulary import StepVocabulary
@@ -141,13 +142,20 @@ class ChainCodec:
         return {token: content.content for token, content in added if content.special} | dict(named)
 
     @cached_property
+    def _control_tokens(self) -> dict[int, str]:
+        """The special tokens, and what marks turns without being special: DeepSeek's <｜User｜>."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        roles = {token: content.content for token, content in added if CONTROL_TOKEN.fullmatch(content.content)}
+        return self._special_tokens | roles
+
+    @cached_property
     def _control(self) -> frozenset[int]:
-        """Ids that no text may produce: the special tokens, but for one that only stands for what cannot be spelled."""
+        """Ids that no text may produce: control tokens, but for one that only stands for what cannot be spelled."""
         unknown = self.tokenizer.unk_token
         uses = [name for name, token in self.tokenizer.special_tokens_map.items() if token == unknown]
         if unknown is None or len(uses) > 1 or unknown in self._template_text:
-            return frozenset(self._special_tokens)
-        return frozenset(self._special_tokens) - {self.tokenizer.unk_token_id}
+            return frozenset(self._control_tokens)
+        return frozenset(self._control_tokens) - {self.tokenizer.unk_token_id}
 
     @cached_property
     def end_of_turn(self) -> tuple[int, ...]:
@@ -216,9 +224,9 @@ class ChainCodec:
 
     @cached_property
     def _guarded(self) -> re.Pattern[str]:
-        """Everything that must not be recognized inside a text: markers, special tokens, and our own stand-in."""
-        special = {*self._special_tokens.values(), *markers(self.steps)}
-        longest_first = sorted(filter(None, special), key=lambda text: (-len(text), text))
+        """Everything that must not be recognized inside a text: markers, control tokens, and our own stand-in."""
+        control = {*self._control_tokens.values(), *markers(self.steps)}
+        longest_first = sorted(filter(None, control), key=lambda text: (-len(text), text))
         return re.compile("|".join([*map(re.escape, longest_first), _OPEN]))
 
     def _normalized(self, text: str) -> str:
@@ -229,7 +237,7 @@ class ChainCodec:
     # --- encoding ---------------------------------------------------------------------------------------------------
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode text as ordinary text: no special token is recognized in it and none is added.
+        """Encode text as ordinary text: no control token is recognized in it and none is added.
 
         Raises:
             ValueError: If the token for what the tokenizer cannot spell has another use, such as padding.
@@ -237,12 +245,12 @@ class ChainCodec:
         ids = self._encode(text, split_special_tokens=True)
         if self._control.isdisjoint(ids):
             return ids
-        # Some models hold their special tokens as ordinary pieces too (Unigram).
+        # Added tokens that are not special are found all the same, and so are pieces of Unigram models such as </s>.
         pieces = re.split(rf"(?s)(?<=(?=(?:{self._guarded.pattern})).)", text)
         return [token for piece in pieces for token in self._encode_apart(piece)]
 
     def _encode_apart(self, text: str) -> list[int]:
-        """Encode text, cut into halves until no special token comes out."""
+        """Encode text, cut into halves until no control token comes out."""
         ids = self._encode(text, split_special_tokens=True)
         if self._control.isdisjoint(ids):
             return ids
@@ -260,7 +268,7 @@ class ChainCodec:
         return ids
 
     def encode_question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Encode a dialogue with its generation prompt; what looks like a special token in a message stays text.
+        """Encode a dialogue with its generation prompt; what looks like a control token in a message stays text.
 
         Args:
             messages: The dialogue, ending in a user turn.
