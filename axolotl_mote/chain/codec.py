@@ -32,6 +32,7 @@ ROLES = ("system", "user", "assistant")
 # Private-use characters that stand for a guarded string while the template is rendered: OPEN, its number, CLOSE.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _STAND_IN = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_BETWEEN_SPACES = re.compile(r"(?s)\S(?:.*\S)?")  # templates trim texts
 _START = re.compile(r"<\|([a-z][a-z0-9_]*)\|>\Z")
 
 _ENCODING = threading.Lock()
@@ -282,6 +283,21 @@ class ChainCodec:
         for message in messages:
             if message["role"] not in ROLES:
                 raise ValueError(f"role must be one of {ROLES}; got {message['role']!r}. Rename it.")
+        pieces = self._pieces(messages)
+        ids = self._encode_pieces(pieces)
+        # Texts that the template puts side by side, or beside signs of its own, can make a control token together.
+        apart = self._pieces(messages, apart=True)
+        if self._controls(ids) != self._controls(self._encode_pieces([p for p in apart if not p[1]])):
+            ids = self._encode_pieces(apart)
+        return ids
+
+    def _pieces(self, messages: Sequence[Mapping[str, str]], apart: bool = False) -> list[tuple[str, bool]]:
+        """The rendered dialogue in pieces, each with whether it must be encoded as ordinary text.
+
+        Args:
+            messages: The dialogue.
+            apart: Make every text a piece of its own; else only what would be recognized in it.
+        """
         hostile: list[str] = []
 
         def stand_in(match: re.Match[str]) -> str:
@@ -291,21 +307,22 @@ class ChainCodec:
         def guard(text: str) -> str:
             # A normalizer may turn a look-alike into a special token: such a text is encoded as text from end to end.
             pieces = self._guarded.split(text)
-            looks_alike = any(self._guarded.search(self._normalized(piece)) for piece in pieces)
-            return re.sub("(?s).+", stand_in, text) if looks_alike else self._guarded.sub(stand_in, text)
+            whole = apart or any(self._guarded.search(self._normalized(piece)) for piece in pieces)
+            return (_BETWEEN_SPACES if whole else self._guarded).sub(stand_in, text)
 
         # The template never sees what the stand-ins replace; each is then encoded as ordinary text. A special token
         # would split the text at the same places, so all other text is encoded as usual.
         # Further fields of a turn are left out: some templates print them.
         safe = [{"role": message["role"], "content": guard(message["content"])} for message in messages]
-        rendered = self._render(safe, add_generation_prompt=True)
-        ids: list[int] = []
-        for position, piece in enumerate(_STAND_IN.split(rendered)):
-            if position % 2:
-                ids += self.encode_text(hostile[int(piece)])
-            elif piece:
-                ids += self._encode(piece)
-        return ids
+        rendered = _STAND_IN.split(self._render(safe, add_generation_prompt=True))
+        return [(hostile[int(piece)], True) if n % 2 else (piece, False) for n, piece in enumerate(rendered)]
+
+    def _encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        encoded = (self.encode_text(text) if foreign else self._encode(text) for text, foreign in pieces if text)
+        return [token for ids in encoded for token in ids]
+
+    def _controls(self, ids: Iterable[int]) -> list[int]:
+        return [token for token in ids if token in self._control]
 
     def encode_chain(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         """Encode one valid chain row.

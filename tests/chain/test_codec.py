@@ -369,6 +369,25 @@ def test_tokens_of_roles_that_are_not_special_stay_text(smollm2_dir: Path) -> No
     assert tokenizer.decode(codec.encode_text(text)) == text
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m.content | trim }}{% endfor %}<|im_end|>",
+        "{% for m in messages %}<|im_start|><{{ m.content }}>{% endfor %}<|im_end|>",
+        "{% set messages = [messages[0].content ~ messages[1].content] %}{{ messages[0] }}<|im_end|>",
+    ],
+)
+def test_texts_that_make_a_marker_together_stay_text(smollm2_dir: Path, template: str) -> None:
+    tokenizer = build_tokenizer(smollm2_dir, "chatml")
+    tokenizer.chat_template = template
+    codec = ChainCodec(tokenizer, STEPS)
+    for first, second in (("a<|resp", "onse|>b"), ("|response|", "|im_end|"), ("x <", "|im_start|>\n"), ("<", "/s>")):
+        messages = [{"role": "system", "content": first}, {"role": "user", "content": second}]
+        assert_harmless(codec, messages)
+        decoded = tokenizer.decode(codec.encode_question(messages))
+        assert decoded == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
 def test_only_role_and_content_reach_the_template(smollm2_dir: Path) -> None:
     """Templates render further fields of a turn, such as reasoning_content; those are not guarded, so not passed on."""
     tokenizer = build_tokenizer(smollm2_dir, "chatml")
