@@ -183,14 +183,15 @@ class ChainCodec:
         else:
             pairs = zip(last, self._encode(followed.split(_OPEN)[-1].split(_CLOSE)[0]), strict=False)
             shared = [ours for ours, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        opening = next((t for t in head if t in self._special_tokens and t != self.tokenizer.bos_token_id), None)
+        special = self._special_tokens.keys() & self._control  # not the unknown token, which may stand for a line break
+        opening = next((t for t in head if t in special and t != self.tokenizer.bos_token_id), None)
         ends = [
             position
             for position, token in enumerate(takewhile(lambda token: token != opening, shared))
-            if token in self._special_tokens
+            if token in special
         ]
         if not ends:  # the template ends dialogues only, or with the token that opens them
-            ends = [position for position, token in enumerate(last) if token in self._special_tokens][:1]
+            ends = [position for position, token in enumerate(last) if token in special][:1]
         if not ends and self.tokenizer.eos_token_id is None:
             raise ValueError(
                 "an answer must end with a special token; the chat template writes none behind it, and the tokenizer "

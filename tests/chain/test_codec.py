@@ -114,6 +114,22 @@ def test_end_of_turn_of_odd_templates(smollm2_dir: Path, assistant: str, other: 
     assert tokenizer.convert_ids_to_tokens(ChainCodec(tokenizer).end_of_turn) == end
 
 
+def test_the_unknown_token_ends_no_turn() -> None:
+    """It may be what a tokenizer makes of the line break behind the end of a turn."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *markers(STEPS)]})
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>\n{% endfor %}"
+    codec = ChainCodec(tokenizer, STEPS)
+    assert tokenizer.convert_ids_to_tokens(codec.end_of_turn) == ["<|im_end|>"]
+    chain = codec.encode_chain(row(analysis=None, guidance=None, response="yes Ω yes"))["input_ids"]
+    assert codec.parse(chain[len(codec.encode_question(ASK)) :]).response == "yes <unk> yes"
+
+
 def test_a_template_without_an_end_of_turn_ends_with_eos(smollm2_dir: Path) -> None:
     tokenizer = build_tokenizer(smollm2_dir, "chatml")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
