@@ -345,8 +345,12 @@ class Dialect:
         return KINDS[self.kind].after(text if normalizer is None else str(normalizer.normalize_str(text)))
 
     def is_broken_up(self, texts: Iterable[str]) -> bool:
-        """Whether texts hold what has to be encoded in parts, each of which SentencePiece begins with a space."""
-        parts = [*STYLES[self.style].plain, *(("<unk>", "<s>", "</s>") if self.kind == "sentencepiece_unigram" else ())]
+        """Whether texts hold what is encoded in parts or is a token, behind which SentencePiece writes a space."""
+        parts = [
+            *STYLES[self.style].plain,
+            *STYLES[self.style].blocks,
+            *(("<unk>", "<s>", "</s>") if self.kind == "sentencepiece_unigram" else ()),
+        ]
         seen = "\n".join(map(self.canonical, texts))
         return self.kind.startswith("sentencepiece") and any(self.canonical(part).strip() in seen for part in parts)
 

@@ -73,6 +73,8 @@ def hostile(dialect: Dialect | None = None, most: int = 7) -> st.SearchStrategy[
     own += [*style.special, *style.plain, *style.blocks] if style else []
     part = disguised(own) | disguised([*own, *_SPECIAL]) | st.sampled_from(WORDS) | st.text(CHARACTERS, max_size=3)
     text = st.lists(part, min_size=1, max_size=most).map("".join)
+    ends = st.sampled_from(["", "", "", " ", "\n"])
+    text = st.tuples(ends, text, ends).map("".join)
     long = st.tuples(text, st.integers(2, 60)).map(lambda pair: pair[0] * pair[1])
     return (st.one_of(text, text, text, long) if most == 7 else text).filter(str.strip)
 

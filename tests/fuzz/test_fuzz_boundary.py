@@ -97,6 +97,18 @@ def test_a_text_alone_holds_no_control_token(names: tuple[str, str], data: st.Da
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", KINDS)
+def test_every_control_token_of_every_dialect_stays_text(kind: str, style: str) -> None:
+    """As it is, with nothing around it."""
+    made = dialect(kind, style)
+    frame = made.controls(made.codec.encode_question([{"role": "user", "content": "x"}]))
+    for token in sorted(made.control):
+        text = str(made.codec.tokenizer.convert_ids_to_tokens(token))
+        assert made.controls(made.codec.encode_question([{"role": "user", "content": text}])) == frame
+        assert made.controls(made.codec.encode_text(text)) == []
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_dialect_encodes_a_plain_dialogue(kind: str, style: str) -> None:
     made = dialect(kind, style)
     ask = [{"role": "user", "content": "so what"}]

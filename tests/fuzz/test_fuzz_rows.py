@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fuzz_kit import cases, dialect
 from fuzz_texts import hostile
 from hypothesis import given
@@ -146,10 +147,24 @@ def good_line(**fields: str) -> bytes:
     return ("{" + ", ".join(f'"{name}": {value}' for name, value in row.items()) + "}").encode()
 
 
+@pytest.mark.parametrize("key", [*VALID, "role", "content"])
+def test_every_odd_value_at_every_key_is_taken_or_named(key: str) -> None:
+    for value in (*ODD, *NESTED):
+        turn = {"role": '"user"', "content": '"x"', key: value}
+        messages = f'[{{"role": {turn["role"]}, "content": {turn["content"]}}}]'
+        row = VALID | ({key: value} if key in VALID else {"messages": messages})
+        line = "{" + ", ".join(f'"{name}": {spelled}' for name, spelled in row.items()) + "}"
+        assert_taken_or_named(key, line.encode())
+
+
 @cases(60)
 @given(lines())
 def test_a_chain_file_is_taken_or_its_rows_named(drawn: tuple[str, bytes]) -> None:
-    key, line = drawn
+    assert_taken_or_named(*drawn)
+
+
+def assert_taken_or_named(key: str, line: bytes) -> None:
+    """A file with a line that holds something odd under a key is taken, or the error names row and key."""
     said = refused(lambda path: check_file(path, STEPS), good_line() + b"\n" + line + b"\n", "c.jsonl")
     row = parse_row(line + b"\n")
     faults = [row] if isinstance(row, RowFault) else check_row(row, STEPS)
@@ -187,11 +202,23 @@ def test_prompts_and_questions_of_a_build_are_taken_or_named(drawn: tuple[str, b
         assert not said or re.search(r"row [12]: ", said)
 
 
+@pytest.mark.parametrize("key", ["row", "mode", "run", "messages", "id"])
+def test_every_odd_value_of_an_answer_is_taken_or_refused(key: str) -> None:
+    for value in (*ODD, *NESTED):
+        assert_continued_or_refused(good_line(**{"row": "2", key: value}))
+
+
 @cases(50)
 @given(lines())
 def test_an_answer_file_is_continued_or_refused(drawn: tuple[str, bytes]) -> None:
-    def resume(path: Path) -> None:
-        AnswerFile(path, ["adaptive"], "run", [0, 1]).close()
+    assert_continued_or_refused(drawn[1])
 
-    said = refused(resume, good_line(row="2") + b"\n" + drawn[1] + b"\n", "a.jsonl")
+
+def assert_continued_or_refused(line: bytes) -> None:
+    """A file of answers with an odd second line is continued, or the error says what it must be."""
+
+    def resume(path: Path) -> None:
+        AnswerFile(path, ["adaptive"], "run").close()
+
+    said = refused(resume, good_line() + b"\n" + line + b"\n", "a.jsonl")
     assert not said or "output must" in said

@@ -23,31 +23,27 @@ DIALECTS = [
 
 
 def tokens_of(made: Dialect, *, beyond: int = 0) -> st.SearchStrategy[list[int]]:
-    """Markers, special tokens and others, by chance in an order that makes sense."""
-    vocabulary, size = made.codec.vocabulary, len(made.codec.tokenizer)
-    text = st.integers(0, size - 1 + beyond)
-    other = st.sampled_from(sorted(made.control)) | text
-    inside = st.lists(text.filter(lambda token: token not in made.control), max_size=3)
-    step = st.integers(0, len(made.codec.steps) - 1).flatmap(
-        lambda k: inside.map(lambda ids: [vocabulary.start_ids[k], *ids, vocabulary.end_ids[k]])
+    """Steps in order or not, with or without something between them; or nothing but a soup of markers.
+
+    Args:
+        made: Whose tokens.
+        beyond: How many ids behind the last token of the tokenizer: those that pad the output head.
+    """
+    vocabulary, count = made.codec.vocabulary, len(made.codec.steps)
+    any_token = st.integers(0, len(made.codec.tokenizer) - 1 + beyond)
+    inside = st.lists(any_token.filter(lambda token: token not in made.control), max_size=3)
+    steps = st.permutations(range(count)) | st.lists(st.integers(0, count - 1), max_size=count).map(sorted)
+    wholes = steps.flatmap(
+        lambda chosen: st.tuples(
+            *(inside.map(lambda ids, k=k: [vocabulary.start_ids[k], *ids, vocabulary.end_ids[k]]) for k in chosen)
+        )
     )
-    part = st.one_of(
-        step, step, st.sampled_from(vocabulary.marker_ids).map(lambda token: [token]), st.lists(other, max_size=2)
-    )
-    ordered = st.permutations(range(len(made.codec.steps))).map(sorted)
-    return st.lists(part, max_size=8).map(lambda parts: [token for ids in parts for token in ids]) | st.tuples(
-        ordered, st.lists(inside, min_size=4, max_size=4), st.sets(st.integers(0, 3), max_size=2)
-    ).map(
-        lambda drawn: [
-            token
-            for k in drawn[0]
-            if k not in drawn[2]
-            for token in (vocabulary.start_ids[k], *drawn[1][k], vocabulary.end_ids[k])
-        ]
-    )
+    tails = st.lists(st.sampled_from(sorted(made.control)) | any_token, max_size=2)
+    soup = st.lists(st.sampled_from(vocabulary.marker_ids) | any_token, max_size=14)
+    return st.tuples(wholes, st.just([]) | tails).map(lambda drawn: list(chain(*drawn[0], drawn[1]))) | soup
 
 
-@cases(60)
+@cases(100)
 @given(st.sampled_from(DIALECTS), st.data())
 def test_the_parser_reads_any_tokens(names: tuple[str, str], data: st.DataObject) -> None:
     """A chain is valid if and only if a regular expression over kinds of tokens says so."""
@@ -76,7 +72,7 @@ def test_the_parser_reads_any_tokens(names: tuple[str, str], data: st.DataObject
     codec.parse(ids, must_close=lambda *_: True, expect_check=True)
 
 
-@cases(40)
+@cases(60)
 @given(st.data())
 def test_everything_that_routes_agrees(data: st.DataObject) -> None:
     """Plain Python, padded and packed tensors, and a server's tokens in any parts, against an independent rule."""
