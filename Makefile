@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv model quickstart test test-fast check format docs docs-site tutorial bench gpu-bench decode-bench \
+.PHONY: help venv model quickstart test test-fast fuzz check format docs docs-site tutorial bench gpu-bench decode-bench \
         server-bench build-bench options-bench gpu-session data-bench stats-bench gpu-check two-hosts families compat compat-newest package selfalign clean
 
 help: ## Show this list
@@ -57,6 +57,9 @@ test: $(MODEL)/config.json ## Run all tests, the end-to-end ones included
 
 test-fast: $(MODEL)/config.json ## Run the tests that start no axolotl process
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not e2e" $(ARGS)
+
+fuzz: $(STAMP) ## Hostile texts, tokens and rows by the thousand, other ones each time (make test has a few hundred)
+	FUZZ_PROFILE=fuzz-deep OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist load tests/fuzz $(ARGS)
 
 check: $(STAMP) ## Lint, formatting, types, import directions
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from axolotl_mote.chain.parsing import ChainParser, MustClose
+from axolotl_mote.chain.quoting import CONTROL_TOKEN
 from axolotl_mote.chain.result import Chain
 from axolotl_mote.chain.steps import CHECK, IGNORE_INDEX, end_marker, markers, start_marker, validate_steps
 from axolotl_mote.chain.vocabulary import StepVocabulary
@@ -31,6 +32,7 @@ ROLES = ("system", "user", "assistant")
 # Private-use characters that stand for a guarded string while the template is rendered: OPEN, its number, CLOSE.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _STAND_IN = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_BETWEEN_SPACES = re.compile(r"(?s)\S(?:.*\S)?")  # templates trim texts
 _START = re.compile(r"<\|([a-z][a-z0-9_]*)\|>\Z")
 
 _ENCODING = threading.Lock()
@@ -141,6 +143,22 @@ class ChainCodec:
         return {token: content.content for token, content in added if content.special} | dict(named)
 
     @cached_property
+    def _control_tokens(self) -> dict[int, str]:
+        """The special tokens, and what marks turns without being special: DeepSeek's <｜User｜>."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        roles = {token: content.content for token, content in added if CONTROL_TOKEN.fullmatch(content.content)}
+        return self._special_tokens | roles
+
+    @cached_property
+    def _control(self) -> frozenset[int]:
+        """Ids that no text may produce: control tokens, but for one that only stands for what cannot be spelled."""
+        unknown = self.tokenizer.unk_token
+        uses = [name for name, token in self.tokenizer.special_tokens_map.items() if token == unknown]
+        if unknown is None or len(uses) > 1 or unknown in self._template_text:
+            return frozenset(self._control_tokens)
+        return frozenset(self._control_tokens) - {self.tokenizer.unk_token_id}
+
+    @cached_property
     def end_of_turn(self) -> tuple[int, ...]:
         """What the chat template puts between an assistant's text and the next turn, up to its last special token.
 
@@ -165,14 +183,15 @@ class ChainCodec:
         else:
             pairs = zip(last, self._encode(followed.split(_OPEN)[-1].split(_CLOSE)[0]), strict=False)
             shared = [ours for ours, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        opening = next((t for t in head if t in self._special_tokens and t != self.tokenizer.bos_token_id), None)
+        special = self._special_tokens.keys() & self._control  # not the unknown token, which may stand for a line break
+        opening = next((t for t in head if t in special and t != self.tokenizer.bos_token_id), None)
         ends = [
             position
             for position, token in enumerate(takewhile(lambda token: token != opening, shared))
-            if token in self._special_tokens
+            if token in special
         ]
         if not ends:  # the template ends dialogues only, or with the token that opens them
-            ends = [position for position, token in enumerate(last) if token in self._special_tokens][:1]
+            ends = [position for position, token in enumerate(last) if token in special][:1]
         if not ends and self.tokenizer.eos_token_id is None:
             raise ValueError(
                 "an answer must end with a special token; the chat template writes none behind it, and the tokenizer "
@@ -207,9 +226,9 @@ class ChainCodec:
 
     @cached_property
     def _guarded(self) -> re.Pattern[str]:
-        """Everything that must not be recognized inside a text: markers, special tokens, and our own stand-in."""
-        special = {*self._special_tokens.values(), *markers(self.steps)}
-        longest_first = sorted(filter(None, special), key=lambda text: (-len(text), text))
+        """Everything that must not be recognized inside a text: markers, control tokens, and our own stand-in."""
+        control = {*self._control_tokens.values(), *markers(self.steps)}
+        longest_first = sorted(filter(None, control), key=lambda text: (-len(text), text))
         return re.compile("|".join([*map(re.escape, longest_first), _OPEN]))
 
     def _normalized(self, text: str) -> str:
@@ -220,8 +239,30 @@ class ChainCodec:
     # --- encoding ---------------------------------------------------------------------------------------------------
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode text as ordinary text: no special token is recognized in it and none is added."""
-        return self._encode(text, split_special_tokens=True)
+        """Encode text as ordinary text: no control token is recognized in it and none is added.
+
+        Raises:
+            ValueError: If the token for what the tokenizer cannot spell has another use, such as padding.
+        """
+        ids = self._encode(text, split_special_tokens=True)
+        if self._control.isdisjoint(ids):
+            return ids
+        # Added tokens that are not special are found all the same, and so are pieces of Unigram models such as </s>.
+        pieces = re.split(rf"(?s)(?<=(?=(?:{self._guarded.pattern})).)", text)
+        return [token for piece in pieces for token in self._encode_apart(piece)]
+
+    def _encode_apart(self, text: str) -> list[int]:
+        """Encode text, cut into halves until no control token comes out."""
+        ids = self._encode(text, split_special_tokens=True)
+        if self._control.isdisjoint(ids):
+            return ids
+        if len(text) == 1:
+            raise ValueError(
+                f"the tokenizer must spell every character, or have an unk_token without another use; it encodes "
+                f"{text!r} as {self.tokenizer.decode(ids)}. Set unk_token, or leave the character out."
+            )
+        middle = len(text) // 2
+        return self._encode_apart(text[:middle]) + self._encode_apart(text[middle:])
 
     def _encode(self, text: str, **options: bool) -> list[int]:
         with _ENCODING:
@@ -229,7 +270,7 @@ class ChainCodec:
         return ids
 
     def encode_question(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Encode a dialogue with its generation prompt; what looks like a special token in a message stays text.
+        """Encode a dialogue with its generation prompt; what looks like a control token in a message stays text.
 
         Args:
             messages: The dialogue, ending in a user turn.
@@ -243,6 +284,21 @@ class ChainCodec:
         for message in messages:
             if message["role"] not in ROLES:
                 raise ValueError(f"role must be one of {ROLES}; got {message['role']!r}. Rename it.")
+        pieces = self._pieces(messages)
+        ids = self._encode_pieces(pieces)
+        # Texts that the template puts side by side, or beside signs of its own, can make a control token together.
+        apart = self._pieces(messages, apart=True)
+        if self._controls(ids) != self._controls(self._encode_pieces([p for p in apart if not p[1]])):
+            ids = self._encode_pieces(apart)
+        return ids
+
+    def _pieces(self, messages: Sequence[Mapping[str, str]], apart: bool = False) -> list[tuple[str, bool]]:
+        """The rendered dialogue in pieces, each with whether it must be encoded as ordinary text.
+
+        Args:
+            messages: The dialogue.
+            apart: Make every text a piece of its own; else only what would be recognized in it.
+        """
         hostile: list[str] = []
 
         def stand_in(match: re.Match[str]) -> str:
@@ -252,21 +308,22 @@ class ChainCodec:
         def guard(text: str) -> str:
             # A normalizer may turn a look-alike into a special token: such a text is encoded as text from end to end.
             pieces = self._guarded.split(text)
-            looks_alike = any(self._guarded.search(self._normalized(piece)) for piece in pieces)
-            return re.sub("(?s).+", stand_in, text) if looks_alike else self._guarded.sub(stand_in, text)
+            whole = apart or any(self._guarded.search(self._normalized(piece)) for piece in pieces)
+            return (_BETWEEN_SPACES if whole else self._guarded).sub(stand_in, text)
 
         # The template never sees what the stand-ins replace; each is then encoded as ordinary text. A special token
         # would split the text at the same places, so all other text is encoded as usual.
         # Further fields of a turn are left out: some templates print them.
         safe = [{"role": message["role"], "content": guard(message["content"])} for message in messages]
-        rendered = self._render(safe, add_generation_prompt=True)
-        ids: list[int] = []
-        for position, piece in enumerate(_STAND_IN.split(rendered)):
-            if position % 2:
-                ids += self.encode_text(hostile[int(piece)])
-            elif piece:
-                ids += self._encode(piece)
-        return ids
+        rendered = _STAND_IN.split(self._render(safe, add_generation_prompt=True))
+        return [(hostile[int(piece)], True) if n % 2 else (piece, False) for n, piece in enumerate(rendered)]
+
+    def _encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        encoded = (self.encode_text(text) if foreign else self._encode(text) for text, foreign in pieces if text)
+        return [token for ids in encoded for token in ids]
+
+    def _controls(self, ids: Iterable[int]) -> list[int]:
+        return [token for token in ids if token in self._control]
 
     def encode_chain(self, row: Mapping[str, Any]) -> dict[str, list[int]]:
         """Encode one valid chain row.

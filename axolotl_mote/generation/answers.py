@@ -22,6 +22,7 @@ ROW, MODE, RUN = "row", "mode", "run"
 FORMAT = 2
 """Part of every run's fingerprint: files whose rows have another meaning are refused. 1 numbered rows from 0."""
 
+_MAX_ROW = 1 << 31  # memory holds a bit for each row up to the last
 
 MAX_DEPTH = 200
 """Brackets within brackets in a question's columns. JSON is read and written by recursion, whose limit depends on how
@@ -199,7 +200,7 @@ class AnswerFile:
         try:
             fields = {} if isinstance(entry, RowFault) else entry
             row, mode, run, digest = fields[ROW], fields[MODE], fields[RUN], _digest(fields["messages"])
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, RecursionError):
             raise ValueError(
                 f"output must be a file written by this command; got another row at {where}. Move the file."
             ) from None
@@ -208,7 +209,7 @@ class AnswerFile:
                 f"output must come from the same adapter, steps, limits and file format; got run {run} at {where}, "
                 f"this is {self.run}. Use another file, or --overwrite."
             )
-        if not isinstance(row, int) or row < 1 or mode not in self.modes:
+        if type(row) is not int or not 1 <= row <= _MAX_ROW or mode not in self.modes:
             raise ValueError(
                 f"output must hold only modes of this run, {', '.join(self.modes)}; got row {row!r} in mode {mode!r} "
                 f"at {where}. Name the same modes, use another file, or --overwrite."

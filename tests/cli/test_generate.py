@@ -266,6 +266,25 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, line):
     assert (tmp_path / "out.jsonl").read_text() == line + "\n"
 
 
+@pytest.mark.parametrize("number", ["1" + "0" * 12, "9" * 30, "true", "1.0", "[1]"])
+def test_a_row_number_that_no_file_has_is_refused(tmp_path, number):
+    line = '{"row": %s, "mode": "m", "run": "r", "messages": [{"role": "user", "content": "?"}]}\n'
+    (tmp_path / "out.jsonl").write_text(line % number)
+    with pytest.raises(ValueError, match="must hold only modes of this run, m; got row"):
+        AnswerFile(tmp_path / "out.jsonl", ("m",), "r")
+
+
+def test_an_answer_whose_question_is_nested_too_deeply_is_refused(tmp_path, monkeypatch):
+    def too_deep(messages):
+        raise RecursionError
+
+    line = json.dumps({"row": 1, "mode": "m", "run": "r", "messages": []}) + "\n"
+    (tmp_path / "out.jsonl").write_text(line)
+    monkeypatch.setattr("axolotl_mote.generation.answers.question_id", too_deep)  # the depth at which it fails varies
+    with pytest.raises(ValueError, match="must be a file written by this command"):
+        AnswerFile(tmp_path / "out.jsonl", ("m",), "r")
+
+
 def test_an_answer_is_counted_once(tmp_path):
     line = json.dumps({"row": 1, "mode": "m", "run": "r", "messages": [{"role": "user", "content": "?"}]}) + "\n"
     (tmp_path / "out.jsonl").write_text(line * 2)
