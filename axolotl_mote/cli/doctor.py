@@ -47,9 +47,9 @@ def command(
 ) -> None:
     """Prove on your own model, data and configuration what silently goes wrong elsewhere.
 
-    CONFIG is the file that you give to `axolotl train`. The doctor loads the model, computes everything that it looks at
-    in two ways, and trains a few steps. It writes to a temporary folder alone: output_dir, prepared data and caches stay
-    as they are. A failed line names the key to change.
+    CONFIG is the file that you give to `axolotl train`. The doctor loads the model, computes everything that it looks
+    at in two ways, and trains a few steps. It writes to a temporary folder alone: output_dir, prepared data and caches
+    stay as they are. A failed line names the key to change.
 
     \b
     Examples:

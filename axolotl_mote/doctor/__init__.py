@@ -6,6 +6,7 @@ each importing only those before it:
 
     lines       names of the lines, verdicts, findings; no torch
     comparing   two results against a limit, and against what a fault would make
+    memory      what a training process holds
     session     a run's configuration, data, model and trainer, read as `axolotl train` reads them
     probes      the chain that is tested, and the states in which it is
     reading     lines about versions, configuration, data and markers

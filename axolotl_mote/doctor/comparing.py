@@ -1,7 +1,7 @@
 """Two results of one computation, against a limit and against what a fault would make.
 
-A comparison that cannot fail proves nothing. So each has a third result, computed with the fault that it looks for, such
-as a wrong route: the yardstick. Pure tensors; no model.
+A comparison that cannot fail proves nothing. So each has a third result, computed with the fault that it looks for,
+such as a wrong route: the yardstick. Pure tensors; no model.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _NAMED = 3  # layers that are named
 
 
 def check_model(session: Session) -> Finding:
-    """The base model of the configuration, with the adapter, passes the self-check that the support matrix is made with."""
+    """The base model of the configuration, with the adapter, passes the self-check of training and of ``load_mote``."""
     tuner = session.tuner
     with session.precision():
         check_training(tuner)
@@ -363,7 +363,7 @@ def _taken_out(tuner: MoteModel) -> Iterator[None]:
 def check_compile(session: Session) -> Finding:
     """Gradients of compiled layers against those of uncompiled ones; the model is loaded anew afterwards."""
     asked = session.options.compile  # the plugin turns torch_compile into it
-    device = session.tuner.model.device.type
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if asked == "off" or (asked == "auto" and device != "cuda"):
         return Finding(NOT_APPLICABLE, f"mote.compile: {asked} compiles nothing on {device}")
     tuner, probe, vocabulary = session.tuner, probe_chain(session), session.codec.vocabulary

@@ -7,9 +7,10 @@ there. What is expensive is read once, and what failed is not tried again. No ch
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.doctor.lines import NotTestedError
+from axolotl_mote.doctor.memory import Memory, measure
 from axolotl_mote.model.adapter import MoteModel, mote_model
 from axolotl_mote.training.args import read_options
 from axolotl_mote.training.selfcheck import precision
@@ -47,6 +49,7 @@ COMPARABLE: dict[str, Any] = {
     "warmup_steps": 0,
     "warmup_ratio": None,
     "weight_decay": 0.0,
+    "max_grad_norm": 0.0,  # it would hide a wrong scale
     "lora_dropout": 0.0,
     "neftune_noise_alpha": None,
     "loraplus_lr_ratio": None,
@@ -71,6 +74,7 @@ class TrainedRun:
         losses: Logged loss of every step.
         seconds: Time of the steps.
         tokens: Tokens of the micro-batches, padding included.
+        memory: Sizes, if they were asked for.
         peak: Most bytes allocated on the GPU; 0 without one.
         device: Where it ran.
     """
@@ -78,11 +82,12 @@ class TrainedRun:
     folder: Path
     before: dict[str, Tensor]
     after: dict[str, Tensor]
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
-    peak: int = 0
-    device: str = "cpu"
+    losses: list[float]
+    seconds: float
+    tokens: int
+    memory: Memory | None
+    peak: int
+    device: str
 
 
 class Session:
@@ -197,8 +202,9 @@ class Session:
     # --- configurations -----------------------------------------------------------------------------------------------
 
     def eager(self) -> dict[str, Any]:
-        """Keys that leave layers uncompiled, so that they can be looked into."""
-        return {"mote": {**(self.raw.get("mote") or {}), "compile": "off"}, "torch_compile": None}
+        """Keys that leave layers uncompiled, so that they can be looked into; the self-check has a line of its own."""
+        mote = {**(self.raw.get("mote") or {}), "compile": "off", "self_check": False}
+        return {"mote": mote, "torch_compile": None}
 
     def comparable(self) -> dict[str, Any]:
         """Keys of runs that are compared with each other; on the CPU in float32, as several processes have to be."""
@@ -285,23 +291,24 @@ class Session:
 
     # --- short runs ---------------------------------------------------------------------------------------------------
 
-    def train(self, name: str, changes: Mapping[str, Any], resume: Path | None = None) -> TrainedRun:
+    def train(
+        self, name: str, changes: Mapping[str, Any], resume: Path | None = None, measured: bool = False
+    ) -> TrainedRun:
         """Train a few steps in this process, as `axolotl train` does, and save.
 
         Args:
             name: Of the run.
             changes: Keys that differ from the user's.
             resume: Checkpoint to continue.
+            measured: Measure memory first; it draws random numbers.
         """
-        import time
-
         from axolotl.train import execute_training, save_trained_model
 
         self.forget("model")  # room for another one
         cfg = self.load(name, changes)
         trainer, model, tokenizer = self._build(cfg, self.read_data(cfg))
+        memory, before = measure(trainer) if measured else None, adapter_tensors(model)
         counted = _TokenCounter(trainer)
-        before = adapter_tensors(model)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -313,7 +320,7 @@ class Session:
         tokenizer.save_pretrained(folder)
         losses = [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
         device = str(next(model.parameters()).device)
-        return TrainedRun(folder, before, adapter_tensors(model), losses, seconds, counted.tokens, peak, device)
+        return TrainedRun(folder, before, adapter_tensors(model), losses, seconds, counted.tokens, memory, peak, device)
 
 
 class _TokenCounter:

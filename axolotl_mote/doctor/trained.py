@@ -96,7 +96,7 @@ def faults_of_file(folder: Path, expected: Mapping[str, Tensor]) -> list[str]:
 def trained_as_configured(session: Session) -> TrainedRun:
     """A few steps with the user's optimizer, learning rate and compilation."""
     _ = session.data
-    return session.once("training run", lambda: session.train("training", {}))
+    return session.once("training run", lambda: session.train("training", {}, measured=True))
 
 
 def check_training_moves(session: Session) -> Finding:
@@ -202,7 +202,7 @@ def check_resume(session: Session) -> Finding:
 def compare_adapters(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], start: Mapping[str, Tensor], exact: bool
 ) -> Comparison:
-    """Differences of two adapters as a share of what training changed since they were equal; the worst tensor counts."""
+    """Differences of two adapters, each tensor's as a share of its change since they were equal; the worst counts."""
     worst = 0.0
     for name, end in expected.items():
         change = float((end.double() - start[name].double()).norm())
