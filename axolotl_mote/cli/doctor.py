@@ -24,7 +24,7 @@ _COLORS = {OK: "green", FAILED: "red", NOT_APPLICABLE: "dim"}
 _NAMES = click.Choice(list(LINES))
 
 
-@click.command(epilog="Lines: " + ", ".join(LINES))
+@click.command(epilog="\b\nLines:\n" + "\n".join(f"  {name:14} {what}" for name, what in LINES.items()))
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--only", multiple=True, type=_NAMES, metavar="LINE", help="Run this line alone; may be repeated.")
 @click.option("--skip", multiple=True, type=_NAMES, metavar="LINE", help="Leave this line out; may be repeated.")
@@ -154,8 +154,7 @@ def _verdict(finding: Finding) -> Any:
 
 
 def _found(finding: Finding) -> str:
-    text = finding.text if finding.verdict != OK else f"{LINES[finding.line]}. {finding.text}"
-    return f"{text}. Change: {finding.key}" if finding.key else text
+    return f"{finding.text}. Change: {finding.key}" if finding.key else finding.text
 
 
 def _summary(console: Console, findings: Sequence[Finding]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from axolotl_mote.chain.steps import IGNORE_INDEX
-from axolotl_mote.doctor.comparing import compare, compare_named, judge
+from axolotl_mote.doctor.comparing import Comparison, compare, compare_named, judge
 from axolotl_mote.doctor.lines import FAILED, NOT_APPLICABLE, OK, Finding, NotTestedError
 from axolotl_mote.doctor.probes import (
     dropping,
@@ -69,28 +69,34 @@ def check_routing(session: Session) -> Finding:
     tokens = probe_chain(session).tokens()
     right = torch.tensor(vocabulary.step_ids(tokens))
     late = torch.cat([right[:1], right[:-1]])  # as if a token were routed by the step before it
-    worst: list[Any] = []
+    updates: dict[str, Tensor] = {}
+    found: list[tuple[str, Comparison]] = []
+
+    def keep(name: str, _: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        updates[name] = output.detach()  # not the difference of two outputs: some are large, and would round it off
 
     def watch(name: str, layer: MoteLinear, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0]
-        with torch.no_grad():
-            found = output.float() - layer.base_layer(x).float()
-            expected, wrong = (_update_by_hand(tuner, layer, x, steps.to(x.device)) for steps in (right, late))
-        worst.append((name, compare(found, expected, wrong, session.exact)))
+        x, update = args[0], updates[name]
+        expected, wrong = (_update_by_hand(tuner, layer, x, steps.to(x.device)) for steps in (right, late))
+        found.append((name, compare(update, expected, wrong, session.exact)))
+        alone = layer.base_layer(x)
+        found.append((name, compare(output, alone + update.to(alone.dtype), alone, session.exact)))
 
-    hooks = [layer.register_forward_hook(partial(watch, name)) for name, layer in expert_layers(tuner).items()]
+    hooks = []
+    for name, layer in expert_layers(tuner).items():
+        hooks.append(cast(Any, layer.lora_B["default"]).register_forward_hook(partial(keep, name)))
+        hooks.append(layer.register_forward_hook(partial(watch, name)))
     try:
         with random_experts(tuner), evaluating(tuner), session.precision():
             tuner(input_ids=on_device(session, tokens), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    # Where the layer's own output is large, subtracting it leaves more rounding: the worst share of the limit counts.
-    name, comparison = max(worst, key=lambda one: one[1].difference / max(one[1].limit, 1e-12))
+    name, comparison = max(found, key=lambda one: one[1].difference / max(one[1].limit, 1e-12))
     return judge(
         comparison,
-        f"{len(worst)} layers, the worst is {name}",
-        f"{name} does not use the expert of each token's step",
+        f"{len(found) // 2} layers, the worst is {name}",
+        f"{name} does not add the update of the expert of each token's step",
         "a route one token late",
         "lora_target_modules",
     )

@@ -258,11 +258,15 @@ def test_compiled_layers_with_another_gate(open_session: Open, monkeypatch: Patc
     session = open_session(mote=mote, torch_compile_backend="aot_eager")
     found = examine(session, "compile")["compile"]
     assert found.verdict == OK, found.text
-    right, gate = routes.compile_layers, Routing.gate_of
+    right, set_gate = routes.compile_layers, Routing.set_gate
+
+    def set_another(self: Routing, step_ids: Any) -> None:
+        set_gate(self, step_ids)
+        self.gate = self.gate.roll(R, -1)
 
     def compile_wrongly(*args: Any) -> None:
         right(*args)
-        monkeypatch.setattr(Routing, "gate_of", lambda self, x: gate(self, x).roll(R, -1))
+        monkeypatch.setattr(Routing, "set_gate", set_another)
 
     monkeypatch.setattr(routes, "compile_layers", compile_wrongly)
     assert failed(examine(session, "compile")) == {"compile"}

@@ -1,0 +1,68 @@
+"""Lines that start processes, on the tiny model: right with ZeRO-3, and each fault of the processes is named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from axolotl_mote.doctor.lines import FAILED, OK
+from axolotl_mote.doctor.run import run_lines
+from axolotl_mote.doctor.session import Session
+from axolotl_mote.training import trainer
+
+pytestmark = pytest.mark.e2e
+
+Open = Callable[..., Session]
+PLUGIN = """\
+import axolotl_mote.training.trainer as trainer
+from axolotl.integrations.base import BasePlugin
+{body}
+
+class Broken(BasePlugin):
+    pass
+"""
+WRONG_SCALE = """
+right = trainer.weighted_loss
+trainer.weighted_loss = lambda losses, weights, total=None, ranks=1: right(losses, weights, total, 1)
+"""
+NO_START = """
+import os
+if "RANK" in os.environ:
+    raise OSError("this rank does not start")
+"""
+
+
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Plugins of a configuration, one of which breaks every process that loads it."""
+
+    def plugins(body: str) -> list[str]:
+        (tmp_path / "broken_plugin.py").write_text(PLUGIN.format(body=body), encoding="utf-8")
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.delitem(sys.modules, "broken_plugin", raising=False)
+        monkeypatch.setattr(trainer, "weighted_loss", trainer.weighted_loss)  # it comes back after the test
+        return ["axolotl_mote.MotePlugin", "broken_plugin.Broken"]
+
+    return plugins
+
+
+def test_zero3(open_session: Open, repo: Path) -> None:
+    session = open_session(processes=2, deepspeed=str(repo / "example_configs" / "deepspeed" / "zero3.json"))
+    found = list(run_lines(session, ["processes", "sharding"]))
+    assert [finding.verdict for finding in found] == [OK, OK], [finding.text for finding in found]
+
+
+def test_a_loss_that_ignores_the_number_of_processes(open_session: Open, broken: Callable[[str], list[str]]) -> None:
+    (found,) = run_lines(open_session(processes=2, plugins=broken(WRONG_SCALE)), ["processes"])
+    assert (found.verdict, found.key) == (FAILED, "micro_batch_size")
+    assert "train another adapter than one" in found.text
+
+
+def test_a_process_that_does_not_start(open_session: Open, broken: Callable[[str], list[str]]) -> None:
+    (found,) = run_lines(open_session(processes=2, plugins=broken(NO_START)), ["processes"])
+    assert found.verdict == FAILED
+    assert "this rank does not start" in found.text
