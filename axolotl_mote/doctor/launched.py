@@ -90,7 +90,7 @@ def _launch(session: Session) -> Path:
     file = session.write("processes", session.comparable() | schedule | {"deepspeed": session.raw.get("deepspeed")})
     log = session.folder / "processes.log"
     with _port() as port, log.open("wb") as out:
-        variables = {"WORLD_SIZE": session.processes, "LOCAL_WORLD_SIZE": session.processes}
+        variables: dict[str, object] = {"WORLD_SIZE": session.processes, "LOCAL_WORLD_SIZE": session.processes}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         running = []
         try:

@@ -125,14 +125,15 @@ def _faults_of_tokenizer(codec: ChainCodec, session: Session) -> Iterator[str]:
     from transformers import AutoTokenizer
 
     said = {step: f"the text of {step}" for step in codec.steps} | ({"check": "safe"} if "check" in codec.steps else {})
-    row = {"messages": [{"role": "user", "content": "Which colors has a traffic light?"}], **said}
+    messages = [{"role": "user", "content": "Which colors has a traffic light?"}]
+    row = {"messages": messages, **said}
     ids = codec.encode_chain(row)["input_ids"]
     folder = session.folder / "tokenizer"
     codec.tokenizer.save_pretrained(folder)
     again = ChainCodec(AutoTokenizer.from_pretrained(folder), codec.steps)
     if again.vocabulary != codec.vocabulary or again.encode_chain(row)["input_ids"] != ids:
         yield "a saved and reloaded tokenizer encodes a chain differently"
-    question = codec.encode_question(row["messages"])
+    question = codec.encode_question(messages)
     if "traffic light" not in codec.tokenizer.decode(question):
         yield "the chat template leaves out the user's text"
     if ids[: len(question)] != question:
