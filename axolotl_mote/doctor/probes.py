@@ -172,7 +172,7 @@ def gradients(
     targets = shift(tokens, IGNORE_INDEX)
     options = {} if step_ids is None else {"step_ids": step_ids}
     with session.precision():
-        loss = tuner(input_ids=tokens, targets=targets, **options).loss.sum() / targets.numel()
+        loss = tuner(input_ids=tokens, targets=targets, **options).loss.sum()
     if between is not None:
         between()
     trained = {name: p for name, p in tuner.named_parameters() if p.requires_grad}

@@ -6,6 +6,7 @@ there. What is expensive is read once, and what failed is not tried again. No ch
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -74,6 +75,7 @@ class TrainedRun:
         losses: Logged loss of every step.
         seconds: Time of the steps.
         tokens: Tokens of the micro-batches, padding included.
+        seen: Different tokens in them.
         memory: Sizes, if they were asked for.
         peak: Most bytes allocated on the GPU; 0 without one.
         device: Where it ran.
@@ -85,6 +87,7 @@ class TrainedRun:
     losses: list[float]
     seconds: float
     tokens: int
+    seen: set[int]
     memory: Memory | None
     peak: int
     device: str
@@ -130,12 +133,15 @@ class Session:
             self._known[name] = None
             self._known[name] = make()
         if self._known[name] is None:
-            raise NotTestedError(f"needs the {name}, which could not be read")
+            raise NotTestedError(f"needs the {name}, which failed")
         return cast(T, self._known[name])
 
     def forget(self, name: str) -> None:
         """Free what is known, such as a model; it is made again when it is asked for."""
         self._known.pop(name, None)
+        gc.collect()  # a trainer and its model refer to each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     @property
     def validated(self) -> Any:
@@ -265,6 +271,7 @@ class Session:
 
     def _validate(self) -> Any:
         from axolotl.cli.config import gpu_capabilities, prepare_plugins
+        from axolotl.integrations.base import PluginManager
         from axolotl.utils.config import validate_config
         from axolotl.utils.dict import DictDefault
 
@@ -276,7 +283,11 @@ class Session:
             )
         prepare_plugins(cfg)
         capabilities, env_capabilities = gpu_capabilities()
-        return validate_config(cfg, capabilities=capabilities, env_capabilities=env_capabilities)
+        try:
+            return validate_config(cfg, capabilities=capabilities, env_capabilities=env_capabilities)
+        except Exception:
+            PluginManager.get_instance().on_config_validation_error(cfg)  # as axolotl does
+            raise
 
     def _read_codec(self) -> ChainCodec:
         from axolotl.loaders import load_tokenizer
@@ -320,18 +331,21 @@ class Session:
         tokenizer.save_pretrained(folder)
         losses = [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
         device = str(next(model.parameters()).device)
-        return TrainedRun(folder, before, adapter_tensors(model), losses, seconds, counted.tokens, memory, peak, device)
+        return TrainedRun(
+            folder, before, adapter_tensors(model), losses, seconds, counted.tokens, counted.seen, memory, peak, device
+        )
 
 
 class _TokenCounter:
     """Counts the tokens of the micro-batches that a trainer computes a loss of."""
 
     def __init__(self, trainer: Any) -> None:
-        self.tokens = 0
+        self.tokens, self.seen = 0, set[int]()
         compute = trainer.compute_loss
 
         def counted(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             self.tokens += inputs["input_ids"].numel()
+            self.seen |= set(inputs["input_ids"].unique().tolist())
             return compute(model, inputs, *args, **kwargs)
 
         trainer.compute_loss = counted

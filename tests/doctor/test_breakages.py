@@ -238,6 +238,15 @@ def test_an_expert_that_does_not_move(open_session: Open, monkeypatch: Patch) ->
     assert "guidance did not move" in found.text
 
 
+def test_an_expert_that_no_chain_asked_for(open_session: Open) -> None:
+    """Without random routing of questions, experts of steps that do not occur stay; that is no fault."""
+    mote = {"question_routing": "shared", "step_dropout": 0.5, "steps": ["analysis", "guidance", "response", "check"]}
+    found = examine(open_session(mote=mote), "data", "training")
+    assert (found["data"].verdict, found["data"].key) == (FAILED, "mote.steps")
+    assert found["training"].verdict == NOT_TESTED
+    assert "has check: raise --steps" in found["training"].text
+
+
 def test_draws_that_start_anew_after_resuming(open_session: Open, monkeypatch: Patch) -> None:
     right = MoteTrainer.compute_loss
 
