@@ -67,7 +67,7 @@ def command(
     if not names:
         raise click.UsageError("--skip must leave a line to run; got none. Leave one out.")
     write_json = json_writer() if as_json else None
-    with usage_errors(), tempfile.TemporaryDirectory(prefix="mote_doctor_") as scratch:
+    with usage_errors("train"), tempfile.TemporaryDirectory(prefix="mote_doctor_") as scratch:
         _keep_caches_in(Path(scratch))
         findings = _examine(config, names, Path(scratch), steps, 1 if no_processes else processes, log)
     if write_json is not None:

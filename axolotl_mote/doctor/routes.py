@@ -70,7 +70,7 @@ def check_routing(session: Session) -> Finding:
     right = torch.tensor(vocabulary.step_ids(tokens))
     late = torch.cat([right[:1], right[:-1]])  # as if a token were routed by the step before it
     updates: dict[str, Tensor] = {}
-    found: list[tuple[str, Comparison]] = []
+    found: list[tuple[str, Comparison, str]] = []
 
     def keep(name: str, _: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         updates[name] = output.detach()  # not the difference of two outputs: some are large, and would round it off
@@ -78,9 +78,11 @@ def check_routing(session: Session) -> Finding:
     def watch(name: str, layer: MoteLinear, args: tuple[Tensor, ...], output: Tensor) -> None:
         x, update = args[0], updates[name]
         expected, wrong = (_update_by_hand(tuner, layer, x, steps.to(x.device)) for steps in (right, late))
-        found.append((name, compare(update, expected, wrong, session.exact)))
+        found.append((name, compare(update, expected, wrong, session.exact), "a route one token late"))
         alone = layer.base_layer(x)
-        found.append((name, compare(output, alone + update.to(alone.dtype), alone, session.exact)))
+        found.append(
+            (name, compare(output, alone + update.to(alone.dtype), alone, session.exact), "leaving the update out")
+        )
 
     hooks = []
     for name, layer in expert_layers(tuner).items():
@@ -92,12 +94,12 @@ def check_routing(session: Session) -> Finding:
     finally:
         for hook in hooks:
             hook.remove()
-    name, comparison = max(found, key=lambda one: one[1].difference / max(one[1].limit, 1e-12))
+    name, comparison, fault = max(found, key=lambda one: one[1].difference / max(one[1].limit, 1e-12))
     return judge(
         comparison,
         f"{len(found) // 2} layers, the worst is {name}",
         f"{name} does not add the update of the expert of each token's step",
-        "a route one token late",
+        fault,
         "lora_target_modules",
     )
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -104,9 +105,12 @@ class Session:
 
     Raises:
         ValueError: If the file holds no mapping.
+        ModuleNotFoundError: If axolotl is not installed.
     """
 
     def __init__(self, config: Path, folder: Path, steps: int = 4, processes: int = 2) -> None:
+        if find_spec("axolotl") is None:
+            raise ModuleNotFoundError("No module named 'axolotl'", name="axolotl")
         self.config, self.folder, self.steps, self.processes = config, folder, steps, processes
         self.environment = dict(os.environ)  # of launched processes: before axolotl adds to it
         self.gpus = torch.cuda.device_count()  # does not start CUDA

@@ -12,6 +12,7 @@ from doctor_kit import write_tiny_config
 
 from axolotl_mote.cli import main
 from axolotl_mote.doctor import reading, run
+from axolotl_mote.doctor import session as session_module
 from axolotl_mote.doctor.lines import LINES, choose
 from axolotl_mote.doctor.session import Session
 
@@ -77,6 +78,15 @@ def test_versions_outside_of_the_tested_ones_are_named(
     assert found.verdict == "not tested"
     assert "peft 0.1 (tested: " in found.text
     assert "torch 2.13.0+cpu (" not in found.text
+
+
+def test_without_axolotl_it_says_what_to_install(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "find_spec", lambda name: None)
+    done = doctor(write_tiny_config(tmp_path, tiny_folder), "--only", "versions")
+    assert done.exit_code == 1
+    assert "pip install '.[train]'" in done.output
 
 
 def test_usage(tmp_path: Path) -> None:
