@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from click.testing import CliRunner, Result
 from doctor_kit import write_tiny_config
@@ -22,7 +23,9 @@ def doctor(*args: Any) -> Result:
 
 
 @pytest.fixture(autouse=True)
-def same_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def same_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The command changes its process for good, and ``datasets`` keeps the first cache that it was told."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     for name in ("HF_DATASETS_CACHE", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "AXOLOTL_TEE_STDOUT"):
         monkeypatch.setenv(name, "")
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
+from doctor_kit import write_tiny_config
 
 from axolotl_mote.doctor.lines import FAILED, OK
 from axolotl_mote.doctor.run import run_lines
@@ -60,6 +66,24 @@ def test_a_loss_that_ignores_the_number_of_processes(open_session: Open, broken:
     (found,) = run_lines(open_session(processes=2, plugins=broken(WRONG_SCALE)), ["processes"])
     assert (found.verdict, found.key) == (FAILED, "micro_batch_size")
     assert "train another adapter than one" in found.text
+
+
+def test_after_an_interrupt_nothing_is_left(tmp_path: Path, tiny_folder: Path) -> None:
+    config = write_tiny_config(tmp_path, tiny_folder)
+    command = [sys.executable, "-m", "axolotl_mote.cli", "doctor", str(config), "--only", "processes"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "tmp").mkdir()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as doctor:
+        workers: list[psutil.Process] = []
+        while len(workers) < 2 and doctor.poll() is None:
+            below = psutil.Process(doctor.pid).children(recursive=True)
+            workers = [child for child in below if "axolotl.cli.train" in child.cmdline()]
+            time.sleep(0.2)
+        doctor.send_signal(signal.SIGINT)
+        assert doctor.wait(60) == 130
+    assert len(workers) == 2
+    assert not any(psutil.pid_exists(worker.pid) for worker in workers)
+    assert list((tmp_path / "tmp").glob("mote_doctor_*")) == []
 
 
 def test_a_process_that_does_not_start(open_session: Open, broken: Callable[[str], list[str]]) -> None:
