@@ -110,7 +110,8 @@ def _printed_to(log: Path) -> Iterator[TextIO]:
     """Send standard output and standard error to a file; yields the old standard error."""
     with log.open("w", encoding="utf-8") as file:
         try:
-            numbers = [sys.stdout.fileno(), sys.stderr.fileno()]
+            sys.stdout.fileno(), sys.stderr.fileno()
+            numbers = (1, 2)  # whatever sys.stdout stands for under --json
         except OSError:  # streams of a test, without files
             with redirect_stdout(file), redirect_stderr(file):
                 yield sys.__stderr__ or file

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -88,6 +88,14 @@ def wrong_route(step_ids: Tensor, num_steps: int) -> Tensor:
 def expert_layers(tuner: MoteModel) -> dict[str, MoteLinear]:
     """The layers with experts, by name."""
     return {name: module for name, module in tuner.model.named_modules() if isinstance(module, MoteLinear)}
+
+
+SHARED = "the shared expert"
+
+
+def idle_experts(expert_weight: float, steps: Sequence[str]) -> set[str]:
+    """Names of the experts that the configuration gives no weight, so that they cannot learn."""
+    return {SHARED} if expert_weight == 1 else set(steps) if expert_weight == 0 else set()
 
 
 @contextmanager

@@ -19,10 +19,12 @@ from axolotl_mote.chain.steps import IGNORE_INDEX
 from axolotl_mote.doctor.comparing import Comparison, compare, compare_named, judge
 from axolotl_mote.doctor.lines import FAILED, NOT_APPLICABLE, OK, Finding, NotTestedError
 from axolotl_mote.doctor.probes import (
+    SHARED,
     dropping,
     evaluating,
     expert_layers,
     gradients,
+    idle_experts,
     on_device,
     probe_chain,
     random_experts,
@@ -126,28 +128,29 @@ def _update_by_hand(tuner: MoteModel, layer: MoteLinear, x: Tensor, steps: Tenso
 
 
 def check_gradients(session: Session) -> Finding:
-    """Of chains that lack one step: exactly no gradient for its expert, some in every layer for all others."""
+    """Of chains that lack one step: exactly no gradient for its expert, some in every layer for all with a weight."""
     tuner, vocabulary, probe = session.tuner, session.codec.vocabulary, probe_chain(session)
     config = tuner.routing.configs["default"]
     layers, faults = expert_layers(tuner), []
-    shared = 0.0 < config.expert_weight < 1.0
+    idle = idle_experts(config.expert_weight, vocabulary.steps)
     with random_experts(tuner), training(tuner), dropping(tuner, 0):
         for absent in range(vocabulary.num_steps + 1):
             tokens = probe.step_tokens(without=absent)
             if not tokens:
                 continue
             found = gradients(session, on_device(session, tokens))
-            for number, step in enumerate([*vocabulary.steps, "the shared expert"], start=1):
+            for number, step in enumerate([*vocabulary.steps, SHARED], start=1):
                 learns = _layers_with_gradient(found, layers, number - 1, config.r)
                 if number == absent and learns:
                     faults.append(f"the expert of {step} gets a gradient from chains without it ({learns[0]})")
-                elif number != absent and shared and len(learns) < len(layers):
+                elif number != absent and step not in idle and len(learns) < len(layers):
                     rest = sorted(set(layers) - set(learns))
                     faults.append(f"{step} gets no gradient in {len(rest)} layers ({', '.join(rest[:_NAMED])})")
     if faults:
         return Finding(FAILED, "; ".join(dict.fromkeys(faults)), "lora_target_modules")
+    others = f"; {', '.join(sorted(idle))} without a weight: {config.expert_weight:g}" if idle else ""
     return Finding(
-        OK, f"{len(layers)} layers: an absent step's expert gets exactly 0, every other expert some everywhere"
+        OK, f"{len(layers)} layers: an absent step's expert gets exactly 0, every other expert some everywhere{others}"
     )
 
 

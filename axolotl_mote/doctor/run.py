@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,7 +22,7 @@ CHECKS: dict[str, Callable[[Session], Finding]] = {
 }
 
 _KEYS = {
-    "config": "the key that it names",
+    "config": "the configuration",
     "data": "datasets",
     "markers": "tokenizer_config",
     "model": "base_model",
@@ -34,6 +35,7 @@ _KEYS = {
     "resume": "save_strategy",
 }
 """Where to look when a check breaks instead of giving a verdict; base_model for all others."""
+_NAMED = re.compile(r"\b([a-z]\w*(?:[.\[]\w+\]?)*) (?:must|is no key)\b")
 
 
 def run_lines(
@@ -57,7 +59,9 @@ def run_lines(
         except NotTestedError as reason:
             finding = Finding(NOT_TESTED, str(reason))
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this line's result
-            finding = Finding(FAILED, _last_line(error), _KEYS.get(name, "base_model"))
+            text = _last_line(error)
+            named = _NAMED.search(text) if name == "config" else None
+            finding = Finding(FAILED, text, named.group(1) if named else _KEYS.get(name, "base_model"))
         finding.line, finding.seconds = name, time.perf_counter() - start
         yield finding
 

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from axolotl_mote.doctor.comparing import Comparison, compare, judge
 from axolotl_mote.doctor.lines import FAILED, NOT_TESTED, OK, Finding, NotTestedError
-from axolotl_mote.doctor.probes import evaluating, on_device, probe_chain, random_experts, wrong_route
+from axolotl_mote.doctor.probes import (
+    SHARED,
+    evaluating,
+    idle_experts,
+    on_device,
+    probe_chain,
+    random_experts,
+    wrong_route,
+)
 from axolotl_mote.doctor.session import Session, TrainedRun, adapter_tensors
 from axolotl_mote.generation.loading import load_mote
 from axolotl_mote.model.compat import attention_implementation
@@ -104,12 +112,14 @@ def check_training_moves(session: Session) -> Finding:
     rare = [
         step for step, marker in zip(steps, session.codec.vocabulary.start_ids, strict=True) if marker not in run.seen
     ]
-    still = unmoved(run.before, run.after, steps)
+    idle = idle_experts(session.options.expert_weight, steps)
+    still = {name: places for name, places in unmoved(run.before, run.after, steps).items() if name not in idle}
     if rare and still.keys() <= {*rare, MARKERS}:
         return Finding(NOT_TESTED, f"no chain of {said} has {', '.join(rare)}: raise --steps")
     if still:
         return Finding(FAILED, f"{_summary(still)}: {said}", "learning_rate")
-    return Finding(OK, f"{len(steps) + 1} experts moved in every layer, and all markers: {said}")
+    others = f", {', '.join(sorted(idle))} left out" if idle else ""
+    return Finding(OK, f"{len(steps) + 1 - len(idle)} experts moved in every layer, and all markers{others}: {said}")
 
 
 def unmoved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], steps: tuple[str, ...]) -> dict[str, list[str]]:
@@ -121,7 +131,7 @@ def unmoved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], steps: tu
         steps: Names of the steps.
     """
     found: dict[str, list[str]] = {}
-    names = [*steps, "the shared expert"]
+    names = [*steps, SHARED]
     for name, old in before.items():
         new = after[name]
         if ".lora_marker_rows" in name:

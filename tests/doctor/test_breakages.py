@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.steps import IGNORE_INDEX, end_marker, start_marker
 from axolotl_mote.doctor import routes
-from axolotl_mote.doctor.lines import FAILED, NOT_TESTED, OK, Finding
+from axolotl_mote.doctor.lines import FAILED, NOT_APPLICABLE, NOT_TESTED, OK, Finding
 from axolotl_mote.doctor.run import run_lines
 from axolotl_mote.doctor.session import Session
 from axolotl_mote.doctor.trained import WEIGHTS
@@ -225,6 +225,7 @@ def test_a_refused_configuration(open_session: Open) -> None:
     found = examine(open_session(lora_qkv_kernel=True), "config", "data", "routing")
     assert failed(found) == {"config"}
     assert "lora_qkv_kernel must not be set with adapter: mote" in found["config"].text
+    assert found["config"].key == "lora_qkv_kernel"
     assert {found[name].verdict for name in ("data", "routing")} == {NOT_TESTED}
 
 
@@ -245,6 +246,14 @@ def test_an_expert_that_no_chain_asked_for(open_session: Open) -> None:
     assert (found["data"].verdict, found["data"].key) == (FAILED, "mote.steps")
     assert found["training"].verdict == NOT_TESTED
     assert "has check: raise --steps" in found["training"].text
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_experts_without_a_weight_are_no_fault(open_session: Open, weight: float) -> None:
+    session = open_session(mote={"expert_weight": weight, "step_dropout": 0.0})
+    found = examine(session, "routing", "gradients", "step-dropout", "training")
+    assert [found[name].verdict for name in ("gradients", "training")] == [OK, OK]
+    assert found["step-dropout"].verdict == NOT_APPLICABLE
 
 
 def test_draws_that_start_anew_after_resuming(open_session: Open, monkeypatch: Patch) -> None:
