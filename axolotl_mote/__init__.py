@@ -16,6 +16,7 @@ package, each importing only those before it:
     builder      chain data sets that a model writes itself
     evaluation   benchmark tasks, judges, comparisons, the report
     serving      a vLLM plugin that routes by step inside the engine
+    doctor       proofs on the user's own model, data and configuration
     cli          the commands
 """
 

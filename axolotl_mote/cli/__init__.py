@@ -7,6 +7,7 @@ The modules, each importing only those before it:
     _options           options and errors that several commands share
     build              axolotl mote build
     stats              axolotl mote stats
+    doctor             axolotl mote doctor
     generate           axolotl mote generate
     chat               axolotl mote chat
     export             axolotl mote export
@@ -33,6 +34,7 @@ from axolotl_mote.cli.quiet_imports import silence_imports
 _COMMANDS = {
     "build": "Write a chain data set: the model aligns itself on your questions.",
     "stats": "Show amounts, lengths and diversity of a chain data set.",
+    "doctor": "Prove a training configuration: routing, masks, packing, saving, processes.",
     "generate": "Answer a file of questions with a trained adapter.",
     "chat": "Talk to a trained adapter; reasoning dimmed, answer plain.",
     "eval": "Measure systems on benchmarks: safety, over-refusal, tokens; with a report.",

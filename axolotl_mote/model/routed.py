@@ -195,12 +195,13 @@ class RoutedModel(_Base):
         """
         routing: Routing = self.mote_routing
         with routing.turn():
-            before = routing.gate, routing.segments, routing.step_ids
+            before, active = (routing.gate, routing.segments, routing.step_ids), routing.active
             try:
                 with torch.no_grad():
                     self._route(kwargs)
                 yield
             finally:
+                routing.active = routing.active or active  # a forward of the base alone forgets none
                 if not torch.is_grad_enabled():  # nothing of this forward will run again
                     routing.gate, routing.segments, routing.step_ids = before
 

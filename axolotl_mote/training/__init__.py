@@ -1,4 +1,4 @@
-"""Training with axolotl. The only room that imports axolotl, accelerate or DeepSpeed.
+"""Training with axolotl. Beside the doctor, the only room that imports axolotl, accelerate or DeepSpeed.
 
 The modules, each importing only those before it:
 

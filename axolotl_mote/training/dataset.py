@@ -194,21 +194,8 @@ def encode_dataset(
     Raises:
         ChainDataError: If a row has a fault, or if no chain is short enough.
     """
-    steps = codec.steps
-    check_rows(enumerate(map(columns.read, dataset), start=1), steps, f"{where}{columns}")
-    if not len(dataset):
-        raise ChainDataError(f"{where} must hold at least one chain; got none. Add rows.")
-    forms = Counter(chain_form(step for step in steps if (row.get(step) or "").strip()) for row in dataset)
-    encoded = dataset.map(
-        partial(_encode_row, codec=codec, columns=columns),
-        remove_columns=dataset.column_names,
-        num_proc=process_count,
-        keep_in_memory=keep_in_memory,
-        desc="Encoding chains",
-    )
-    refused = [f"row {number}: {fault}" for number, fault in enumerate(encoded["fault"], start=1) if fault]
-    raise_faults(refused, f"{where} holds {{faults}}; nothing was trained.", ChainDataError)
-    encoded = encoded.remove_columns("fault")
+    encoded = encode_rows(dataset, codec, where, process_count, keep_in_memory, columns)
+    forms = Counter(chain_form(step for step in codec.steps if (row.get(step) or "").strip()) for row in dataset)
     kept = encoded.filter(
         lambda ids: len(ids) <= sequence_len, input_columns="input_ids", keep_in_memory=keep_in_memory
     )
@@ -227,6 +214,37 @@ def encode_dataset(
         "%s: kept %d of %d chains; chain forms of all: %s", where, len(kept), len(encoded), dict(forms.most_common())
     )
     return kept
+
+
+def encode_rows(
+    dataset: Any,
+    codec: ChainCodec,
+    where: str = "the data set",
+    process_count: int | None = None,
+    keep_in_memory: bool = False,
+    columns: Columns = PLAIN_COLUMNS,
+) -> Any:
+    """Check and encode all rows of a data set, whatever their length; the arguments are those of ``encode_dataset``.
+
+    Returns:
+        A data set of ``input_ids``, ``attention_mask`` and ``labels``, N rows.
+
+    Raises:
+        ChainDataError: If there are no rows, or one has a fault.
+    """
+    check_rows(enumerate(map(columns.read, dataset), start=1), codec.steps, f"{where}{columns}")
+    if not len(dataset):
+        raise ChainDataError(f"{where} must hold at least one chain; got none. Add rows.")
+    encoded = dataset.map(
+        partial(_encode_row, codec=codec, columns=columns),
+        remove_columns=dataset.column_names,
+        num_proc=process_count,
+        keep_in_memory=keep_in_memory,
+        desc="Encoding chains",
+    )
+    refused = [f"row {number}: {fault}" for number, fault in enumerate(encoded["fault"], start=1) if fault]
+    raise_faults(refused, f"{where} holds {{faults}}; nothing was trained.", ChainDataError)
+    return encoded.remove_columns("fault")
 
 
 def _encode_row(row: Mapping[str, Any], codec: ChainCodec, columns: Columns) -> dict[str, Any]:

@@ -23,14 +23,14 @@ class SelfCheckCallback(TrainerCallback):
 
     def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
         """Run the check on all ranks, with the same tokens."""
-        with _precision(self.cfg, model):
+        with precision(self.cfg, model):
             check_training(model)
 
 
 def self_check(cfg: Any, model: Any, inference: bool) -> None:
     """Check a loaded model, unless it is switched off or has to wait for ``callbacks``."""
     if read_options(cfg).self_check and not uses_zero3():
-        with _precision(cfg, model):
+        with precision(cfg, model):
             (check_generation if inference else check_training)(model)
 
 
@@ -39,7 +39,7 @@ def callbacks(cfg: Any) -> list[TrainerCallback]:
     return [SelfCheckCallback(cfg)] if read_options(cfg).self_check and uses_zero3() else []
 
 
-def _precision(cfg: Any, model: Any) -> AbstractContextManager[object]:
-    """The precision that training runs in; some attention kernels take no other."""
+def precision(cfg: Any, model: Any) -> AbstractContextManager[object]:
+    """The precision that training runs in, given its configuration; some attention kernels take no other."""
     dtype = torch.bfloat16 if cfg.bf16 else torch.float16 if cfg.fp16 else None
     return torch.autocast(model.device.type, dtype=dtype) if dtype else nullcontext()

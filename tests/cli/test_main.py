@@ -83,6 +83,7 @@ def folder(tmp_path_factory):
     row = {"messages": [{"role": "user", "content": "hi"}], "analysis": "a", "guidance": None, "response": "hello"}
     (path / "chains.jsonl").write_text(json.dumps(row) + "\n")
     labelled = {"prompt": "Why?", "completion": "Because.", "human_label": "full_compliance"}
+    (path / "mote.yml").write_text("adapter: mote\n")
     (path / "labelled.jsonl").write_text(json.dumps(labelled) + "\n")
     return path
 
@@ -93,6 +94,7 @@ _WITH_JSON = {
     "chat": ["--adapter", "{0}/adapter", "--max-new-tokens", "8"],
     "export": ["--adapter", "{0}/adapter", "--output", "{1}/exported", "--no-verify"],
     "judge": ["{0}/labelled.jsonl"],
+    "doctor": ["{0}/mote.yml", "--only", "versions"],
 }
 
 _TESTED_ELSEWHERE = {"eval"}  # tests/evaluation/test_eval_run.py: it needs inspect_ai

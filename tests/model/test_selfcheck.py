@@ -46,6 +46,15 @@ def test_a_check_leaves_everything_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_it_runs_after_a_forward_of_the_base_alone() -> None:
+    model = dropping()
+    with model.disable_adapter():
+        model(input_ids=torch.arange(3, 9).unsqueeze(0))
+    check_training(model)
+    check_generation(model)
+    assert model.base_model.routing.config.steps == ["analysis", "guidance", "response"]
+
+
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 
