@@ -6,6 +6,7 @@ What is not mounted over is shared, as on a cluster's storage. `make two-hosts` 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ pytestmark = [
 TOLERANCE = 1e-4
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 STEPS = 400
+SOON = {"ddp_timeout": 30}
 LONG = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 50}
 
 
@@ -86,6 +88,11 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         made.close()
 
 
+def ended_by_itself(result: Any) -> bool:
+    """Whether a run failed, instead of waiting until the test killed it."""
+    return result.returncode != 0 and "(killed after" not in result.log
+
+
 class Pair:
     """The same training on both hosts."""
 
@@ -115,8 +122,8 @@ def test_other_data_on_one_host_is_refused_by_its_name(hosts: Hosts, workshop: A
     own = tmp_path / "chains.jsonl"
     own.write_bytes(workshop.chains.read_bytes().replace(b"the", b"THE", 1))
     results = Pair(hosts, workshop, "other_data", {workshop.chains: own}).wait()
-    assert all(result.returncode != 0 for result in results)
     for result in results:
+        assert ended_by_itself(result)
         assert "data must be the same on all hosts; got" in result.log
         assert all(name in result.log for name in hosts.names)
     assert not list(workshop.output("other_data").rglob("adapter_model.safetensors"))
@@ -125,9 +132,10 @@ def test_other_data_on_one_host_is_refused_by_its_name(hosts: Hosts, workshop: A
 def test_a_host_without_the_data_ends_both(hosts: Hosts, workshop: Any, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    results = Pair(hosts, workshop, "no_data", {workshop.chains.parent: empty}).wait()
-    assert all(result.returncode != 0 for result in results)
+    results = Pair(hosts, workshop, "no_data", {workshop.chains.parent: empty}, **SOON).wait()
+    assert all(ended_by_itself(result) for result in results)
     assert str(workshop.chains) in results[1].log
+    assert re.search(rf"host +: {hosts.names[1]}", results[1].log)
     assert not list(workshop.output("no_data").rglob("adapter_model.safetensors"))
 
 
@@ -135,8 +143,7 @@ def test_a_host_without_the_data_ends_both(hosts: Hosts, workshop: Any, tmp_path
 def test_a_cut_ends_both_and_training_resumes(hosts: Hosts, runs: Any, workshop: Any, what: str) -> None:
     """Six steps in all, as the reference: those up to a checkpoint before the cut, and the rest in one process."""
     name = f"cut_{what}"
-    timeout = {"ddp_timeout": 30}
-    pair = Pair(hosts, workshop, name, **LONG, **timeout)
+    pair = Pair(hosts, workshop, name, **LONG, **SOON)
     checkpoint = workshop.output(name) / "checkpoint-2"
     pair.wait_for((checkpoint / "trainer_state.json").is_file)
     if what == "cable":
@@ -144,8 +151,8 @@ def test_a_cut_ends_both_and_training_resumes(hosts: Hosts, runs: Any, workshop:
     else:
         pair.runs[1].kill()
     results = pair.wait(240)
-    assert all(result.returncode not in (0, None) for result in results)
-    assert "killed after" not in results[0].log, "it hung"
+    assert ended_by_itself(results[0])
+    assert what == "rank" or ended_by_itself(results[1])
     assert not (workshop.output(name) / "adapter_model.safetensors").exists()
     for path in workshop.output(name).glob("checkpoint-*"):
         if path != checkpoint:
