@@ -152,7 +152,8 @@ def test_a_cut_ends_both_and_training_resumes(hosts: Hosts, runs: Any, workshop:
         pair.runs[1].kill()
     results = pair.wait(240)
     assert ended_by_itself(results[0])
-    assert what == "rank" or ended_by_itself(results[1])
+    # Without the cable, torchrun's agent waits on for the store on the other host; what it had started has ended.
+    assert what == "rank" or re.search(r"\[rank1\]: RuntimeError: .*Timed out waiting 30000ms", results[1].log)
     assert not (workshop.output(name) / "adapter_model.safetensors").exists()
     for path in workshop.output(name).glob("checkpoint-*"):
         if path != checkpoint:
