@@ -127,6 +127,8 @@ def build(
         _load(settings, shard, questions, dropped, partial(on_count, "rows read"))
         reading = partial(on_count, "calls read from the journal")
         what = identity(settings, prompts.hashes)
+        for path in parts:  # before anything is written
+            Journal(path, what, on_progress=reading).close()
         with Journal(folder / JOURNAL, what, restart=restart, on_progress=reading) as journal:
             for path in parts:
                 with Journal(path, what, on_progress=reading) as part:

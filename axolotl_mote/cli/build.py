@@ -79,10 +79,8 @@ def _build(
     merge: bool,
 ) -> int:
     """The work of the command; returns the exit status."""
-    if merge and (shard or restart):
-        raise ValueError(
-            f"--merge must be given without {'--shard' if shard else '--restart'}; got both. Leave one out."
-        )
+    if merge and shard is not None:
+        raise ValueError("--merge must be given without --shard; got both. Leave one out.")
     from axolotl_mote.benchmarks.sources import BENCHMARKS
     from axolotl_mote.builder.clients.calls import FatalCallError
     from axolotl_mote.builder.run import build

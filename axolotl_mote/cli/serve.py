@@ -64,6 +64,8 @@ def _check(program: list[str], name: str, folder: Path) -> None:
     console = Console()
     if hidden := [part for part in program if part.startswith(("--uds", "--ssl-"))]:
         raise click.ClickException(f"--check must reach the server over HTTP; got {hidden[0]}. Leave it out.")
+    if value_of("--config", program) is not None:
+        raise click.ClickException("--check must be given the flags themselves; got --config. Write them out.")
     host = value_of("--host", program) or ""
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # all addresses; noqa: S104
     key = value_of("--api-key", program) or os.environ.get("VLLM_API_KEY") or "none"

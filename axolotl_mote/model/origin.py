@@ -16,8 +16,12 @@ from axolotl_mote.model.markers import Gathered
 _TABLES, _VALUES = 8, 8
 """Matrices that are sampled, and values of each."""
 
+_ROUNDING = 2**-8 + 2**-11
+"""Largest relative difference of one weight in two types: rounded to bfloat16 and, before it, to float16. Near zero,
+float16 has nothing finer than 1e-7."""
+
 _DIFFERENT = 0.1
-"""Share of values that may differ: a weight that passes through two half-precision types is rounded twice."""
+"""Share of values that may differ."""
 
 
 @torch.no_grad()
@@ -32,7 +36,7 @@ def sample_weights(
         gathered: Makes a partitioned parameter readable.
 
     Returns:
-        Values by name of the matrix, rounded to bfloat16; quantized matrices, and what cannot be read, are left out.
+        Values by name of the matrix; quantized matrices, and what cannot be read, are left out.
     """
     matrices = dict(_matrices(model))
     names = [*matrices]  # the embedding comes first
@@ -65,7 +69,7 @@ def check_origin(
     for name, values in sample.items():
         if name in matrices and len(own := _values(matrices[name], marker_ids, gathered)) == len(values):
             pairs += zip(values, own, strict=True)
-    different = sum(abs(theirs - ours) > 1e-7 for theirs, ours in pairs)  # float16 has nothing finer near zero
+    different = sum(abs(theirs - ours) > _ROUNDING * abs(theirs) + 1e-7 for theirs, ours in pairs)
     if different > _DIFFERENT * len(pairs):
         raise ValueError(
             f"base_model must be the one that the adapter was trained on, {trained_on}; got one that differs in "
@@ -78,7 +82,9 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The base model's own matrices in floating point, by their names in a model without adapters."""
     for name, parameter in model.named_parameters():
         is_own = not any(part.startswith("lora_") for part in name.split("."))
-        if is_own and parameter.is_floating_point() and parameter.element_size() > 1 and len(_shape(parameter)) == 2:
+        # Quantized weights have types of their own, and may claim to be bfloat16.
+        is_plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
+        if is_own and is_plain and len(_shape(parameter)) == 2:
             yield name.replace(".base_layer.", "."), parameter
 
 
@@ -95,4 +101,4 @@ def _values(parameter: Tensor, marker_ids: Collection[int], gathered: Gathered) 
         wanted = [row for row in range(min(rows, 4 * _VALUES + len(marker_ids))) if row not in marker_ids]
         places = wanted[: 4 * _VALUES : 4]
         values = torch.stack([parameter[row, (37 * row + 11) % columns] for row in places])
-        return values.to(torch.bfloat16).tolist()
+        return values.float().tolist()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from axolotl_mote.export.served import ADAPTER, BASE, FORMAT, REPORT, served_rank
 from axolotl_mote.generation.folder import read_mote_config, read_shapes
@@ -55,10 +56,10 @@ def serve_arguments(folder: Path, name: str, given: Sequence[str] = ()) -> list[
     load_tokenizer(folder / BASE, str(folder / BASE), config)  # the ids of its markers are checked
     given = [_dashed(argument) for argument in given if argument != "--"]
     in_file = _flags_of_file(value_of("--config", given))
-    flags = {flag.split("=")[0] for flag in given if flag.startswith("--")} | in_file
-    _check_flags(flags, in_file)
+    flags = {flag.split("=")[0] for flag in given if flag.startswith("--")} | in_file.keys()
+    _check_flags(flags, in_file.keys())
     modules, rest = _take(_MODULES, given)
-    _check_name(name, rest)
+    _check_name(name, _take("--served-model-name", rest)[0] or in_file.get("--served-model-name") or ["base"])
     loras = [_module(name, folder / ADAPTER), *modules]
     sizes = {
         "--max-lora-rank": served_rank(config.total_rank),
@@ -100,20 +101,20 @@ def _take(flag: str, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return values, rest
 
 
-def _flags_of_file(path: str | None) -> set[str]:
-    """The flags that vLLM reads from the YAML file of --config."""
+def _flags_of_file(path: str | None) -> dict[str, Any]:
+    """The flags that vLLM reads from the YAML file of --config, and their values."""
     if path is None:
-        return set()
+        return {}
     import yaml
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config must be a YAML file; got {path}: {error}. Correct it.") from error
-    return {f"--{str(key).replace('_', '-')}" for key in values} if isinstance(values, dict) else set()
+    return {_dashed(f"--{key}"): value for key, value in values.items()} if isinstance(values, dict) else {}
 
 
-def _check_flags(flags: set[str], in_file: set[str]) -> None:
+def _check_flags(flags: Iterable[str], in_file: Iterable[str]) -> None:
     """Refuse what would switch routing off, and what vLLM would read as another flag than we do."""
     for flag in sorted(flags):
         if flag in _FIXED:
@@ -125,14 +126,14 @@ def _check_flags(flags: set[str], in_file: set[str]) -> None:
         if whole and flag not in _SIZES:
             raise ValueError(f"{flag} must be written out; got the beginning of {whole[0]}. Write it whole.")
     for flag in (_MODULES, FORMATS):
-        if flag in in_file:
+        if any(key.split(".")[0] == flag for key in in_file):
             raise ValueError(
                 f"{flag} must stand on the command line, where ours is added; got it in --config. Move it."
             )
 
 
-def _check_name(name: str, given: Sequence[str]) -> None:
-    taken = _take("--served-model-name", given)[0] or ["base"]
+def _check_name(name: str, taken: str | Sequence[str]) -> None:
+    taken = [taken] if isinstance(taken, str) else list(taken)
     if not name or name in taken:
         raise ValueError(f"--name must be a name that the base does not have, {taken}; got {name!r}. Choose another.")
 

@@ -114,8 +114,6 @@ REFUSED: dict[str, str] = {
     "lora_fan_in_fan_out": "Only linear layers carry experts. Remove it.",
     "peft_trainable_token_indices": "The marker rows are trained on their own. Remove it.",
     "shrink_embeddings": "Marker ids may be beyond the table. Remove it.",
-    "fsdp": "FSDP is not supported. Use deepspeed.",
-    "fsdp_config": "FSDP is not supported. Use deepspeed.",
     "rl": "Only supervised fine-tuning is supported. Remove it.",
     "vllm": "It serves the base model for online RL. Serve the adapter with `axolotl-mote serve`.",
     "use_ray": "Untested with step routing. Use torchrun or DeepSpeed's launcher on every host.",
@@ -154,6 +152,8 @@ REFUSED_WITH_CHAINS: dict[str, str] = {
     "use_eaft": "It would replace the loss of the steps. Remove it.",
     "push_dataset_to_hub": "Prepared data on the hub is found by file names, whatever the files hold. Remove it.",
     "skip_prepare_dataset": "Chains must be encoded. Remove it.",
+    "fsdp": "FSDP is not supported. Use deepspeed.",
+    "fsdp_config": "FSDP is not supported. Use deepspeed.",
     "trainer_cls": "The loss of the steps needs the plugin's trainer. Remove it.",
     **dict.fromkeys(LOSSES, "The loss of the steps replaces it. Remove it."),
 }

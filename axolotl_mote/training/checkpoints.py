@@ -20,6 +20,9 @@ _STATE = "trainer_state.json"
 _ARCHIVES = (".pt", ".pth", ".bin")
 """Files of torch.save, which are zip archives: the table of contents stands at their end."""
 
+_OLD_PICKLE = b"\x80"
+"""How files begin that torch wrote without an archive; they cannot be checked without reading them."""
+
 LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
 
 
@@ -37,7 +40,7 @@ def checkpoint_fault(folder: Path) -> str | None:
         return f"{_STATE} is of step {step}"
     for path in sorted(file for file in folder.rglob("*") if file.is_file()):
         name = path.relative_to(folder)
-        if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path):
+        if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path) and _begins(path) != _OLD_PICKLE:
             return f"{name} is torn"
         if path.suffix == ".safetensors":
             try:
@@ -72,6 +75,11 @@ def choose_checkpoint(cfg: Any) -> None:
                 return
             LOG.warning("%s is not resumed from: %s. A run was killed while it saved.", folder, fault)
         cfg.auto_resume_from_checkpoints = False
+
+
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

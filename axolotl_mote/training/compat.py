@@ -90,11 +90,17 @@ def gathered(parameter: Tensor) -> Iterator[None]:
 def local_values(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter: all of it, but a part under DeepSpeed ZeRO-3.
 
-    Works around: there is no public name for the part.
-    Upstream: deepspeed/runtime/zero/partition_parameters.py, ``ds_tensor``.
+    Works around: there is no public name for the part, nor for the end of its values.
+    Upstream: deepspeed/runtime/zero/partition_parameters.py, ``ds_tensor``, ``ds_numel``, ``ds_process_group``.
     """
-    values: Tensor = getattr(parameter, "ds_tensor", parameter)
-    return values.detach()
+    part: Tensor | None = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach()
+    import torch.distributed as dist
+
+    rank = dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
+    own = min(part.numel(), parameter.ds_numel - rank * part.numel())  # type: ignore[attr-defined]
+    return part.detach().flatten()[: max(own, 0)]  # behind it is padding, whatever memory held there
 
 
 def encode_chains_with_token_columns(chain_type: str) -> None:

@@ -1,4 +1,4 @@
-"""Several hosts train one adapter only if they have the same data and the same package."""
+"""Several hosts train one adapter only if they have the same data, packages and checkpoint."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch.distributed as dist
 
 from axolotl_mote.files import installed_versions
 
+_DATA = "data, tokenizer and chat template"
+_CHECKPOINT = "the checkpoint to resume from"
 _PACKAGES = ("axolotl-mote", "axolotl", "torch", "transformers", "peft")
 
 
 def check_hosts(cfg: Any) -> None:
-    """Compare data and versions of all processes, on all of them alike. One process has nothing to compare.
+    """Compare versions, data and checkpoint of all processes, on all of them alike. One has nothing to compare.
 
     Args:
         cfg: The validated configuration, whose prepared data stands in a folder named after the content of the data.
@@ -25,8 +27,14 @@ def check_hosts(cfg: Any) -> None:
     """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return
-    versions = installed_versions(_PACKAGES)
-    own = {"data": Path(str(cfg.dataset_prepared_path)).name} | {name: versions.get(name) for name in _PACKAGES}
+    from axolotl.utils.train import determine_last_checkpoint
+
+    versions = installed_versions(_PACKAGES)  # first: the name of the prepared data begins with ours
+    resumed = determine_last_checkpoint(cfg)
+    own = {name: versions.get(name) for name in _PACKAGES} | {
+        _DATA: Path(str(cfg.dataset_prepared_path)).name,
+        _CHECKPOINT: Path(str(resumed)).name if resumed else "no checkpoint",
+    }
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (socket.gethostname(), own))
     if fault := fault_of_hosts(found):
@@ -45,6 +53,7 @@ def fault_of_hosts(found: list[tuple[str, dict[str, Any]]]) -> str | None:
             hosts[values[name]].add(host)
         if len(hosts) > 1:
             kinds = "; ".join(f"{', '.join(sorted(names))}: {value}" for value, names in hosts.items())
-            way_out = "Copy the same files to all hosts." if name == "data" else "Install the same version everywhere."
+            same_files = name in (_DATA, _CHECKPOINT)
+            way_out = "Copy the same files to all hosts." if same_files else "Install the same version everywhere."
             return f"{name} must be the same on all hosts; got {kinds}. {way_out}"
     return None

@@ -186,7 +186,8 @@ class MoteTrainer(OwnLoss, AxolotlTrainer):
     def _check_weights(self) -> None:
         """Check the trained weights on all ranks. A loss alone may be infinite under fp16, whose scaler skips it."""
         trained = [local_values(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
-        broken = torch.stack([~torch.isfinite(values).all() for values in trained]).sum()
+        # Offloaded parts are on the CPU, where NCCL sums nothing.
+        broken = torch.stack([(~torch.isfinite(values).all()).to(self.args.device) for values in trained]).sum()
         if count := int(self.accelerator.reduce(broken, reduction="sum")):
             raise FloatingPointError(
                 f"learning_rate must keep the weights finite; got nan or inf in {count} tensors after step "

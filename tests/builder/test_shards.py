@@ -105,7 +105,7 @@ def test_what_cannot_be_merged_is_refused(make_settings: Make, serve: Serve) -> 
     other = settings.model_copy(update={"seed": 7})
     with pytest.raises(JournalError, match="seed: 42 -> 7"):
         build(other, merge=True)
-    (settings.output / "journal.jsonl").unlink()
+    assert not (settings.output / "journal.jsonl").exists()
     build(settings, shard=Shard(1, 2))
     with pytest.raises(ValueError, match=r"one split; got shard-\*-of-2 and shard-\*-of-3 at "):
         build(settings, merge=True)
@@ -136,3 +136,24 @@ def test_a_torn_journal_of_a_shard_is_merged_without_its_last_line(make_settings
     assert merged.counts["pending"] == 1
     calls = [json.loads(line) for line in (settings.output / "journal.jsonl").read_text().splitlines()[1:]]
     assert len({call["call"] for call in calls}) == len(calls)
+
+
+def test_a_shard_that_was_begun_anew_does_not_lose_to_its_older_texts(make_settings: Make, serve: Serve) -> None:
+    said = iter(range(10**6))
+
+    def never_twice_the_same(body: dict[str, Any], number: int) -> Reply:
+        return chat_reply("VERDICT: SAFE" if stage_of(body) == "check" else f"answer number {next(said)} of many")
+
+    settings = make_settings(serve(never_twice_the_same).url, count=8)
+    for number in (1, 2):
+        build(settings, shard=Shard(number, 2))
+    build(settings, merge=True)
+    first = data(settings.output)
+    build(settings, shard=Shard(2, 2), restart=True)
+    with pytest.raises(JournalError, match=r"two results of .* That shard was begun anew: add --restart\.$"):
+        build(settings, merge=True)
+    assert data(settings.output) == first
+    build(settings, merge=True, restart=True)
+    shards = [Shard(number, 2).folder(settings.output) for number in (1, 2)]
+    of_shards = {row["response"] for folder in shards for row in read_rows(folder / "chains.jsonl")}
+    assert {row["response"] for row in read_rows(settings.output / "chains.jsonl")} == of_shards

@@ -107,7 +107,8 @@ def test_shards_and_their_merge(config: Path) -> None:
     assert merged.exit_code == 0, merged.output
     assert "0 requests" in merged.output
     assert len((config.parent / "out" / "chains.jsonl").read_text().splitlines()) == 3
-    for wrong in (["--shard", ""], ["--shard", "3/2"], ["--merge", "--shard", "1/2"], ["--merge", "--restart"]):
+    assert run(config, "--merge", "--restart").exit_code == 0
+    for wrong in (["--shard", ""], ["--shard", "3/2"], ["--merge", "--shard", "1/2"]):
         refused = run(config, *wrong)
         assert refused.exit_code == 1
         assert "must be" in refused.output

@@ -124,7 +124,7 @@ def test_other_data_on_one_host_is_refused_by_its_name(hosts: Hosts, workshop: A
     results = Pair(hosts, workshop, "other_data", {workshop.chains: own}).wait()
     for result in results:
         assert ended_by_itself(result)
-        assert "data must be the same on all hosts; got" in result.log
+        assert "data, tokenizer and chat template must be the same on all hosts; got" in result.log
         assert all(name in result.log for name in hosts.names)
     assert not list(workshop.output("other_data").rglob("adapter_model.safetensors"))
 

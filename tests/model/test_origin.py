@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -119,6 +120,33 @@ def test_quantized_matrices_and_those_without_values_do_not_count() -> None:
     check(sample, quantized)
     check(sample, other_seed().to("meta"))
     check({}, other_seed())  # an adapter from before there were samples
+
+
+def test_bits_that_are_stored_as_bfloat16_are_no_weights() -> None:
+    """As training quantizes a base to 4 bits; the adapter of such a run fits the base in full precision, and back."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = tiny_model()
+    for layer in [layer for name, layer in model.named_modules() if name.endswith("_proj")]:
+        packed = torch.randn(layer.weight.numel() // 4, 1).to(torch.bfloat16)
+        layer.weight = bitsandbytes.nn.Params4bit(packed, requires_grad=False, bnb_quantized=True)
+    sample = sample_weights(model, MARKERS)
+    assert set(sample) == {"model.embed_tokens.weight"}
+    check(sample, tiny_model())
+    check(sample_weights(tiny_model(), MARKERS), model)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_roundings_in_a_row_are_no_difference(seed: int) -> None:
+    """A float32 base that was trained in float16, loaded in bfloat16, and the other ways round."""
+    torch.manual_seed(seed)
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.02 * torch.randn_like(parameter))
+    forms = [copy.deepcopy(model).to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    for one in forms:
+        for other in forms:
+            check(sample_weights(one, MARKERS), other)
 
 
 def test_a_partitioned_parameter_is_gathered() -> None:

@@ -188,7 +188,7 @@ def test_a_port_on_which_another_server_listens_is_refused(tmp_path):
     assert not (tmp_path / "log").exists()
 
 
-def test_another_address_and_a_key_are_used(monkeypatch, folder, said):
+def test_another_address_and_a_key_are_used(monkeypatch, folder, said, tmp_path):
     started: list[Any] = []
 
     class Running:
@@ -216,6 +216,9 @@ def test_another_address_and_a_key_are_used(monkeypatch, folder, said):
         refused = CliRunner().invoke(serve.command, ["--check", str(folder), flag, "x"])
         assert refused.exit_code == 1
         assert f"--check must reach the server over HTTP; got {flag}" in refused.output
+    (tmp_path / "flags.yml").write_text("host: 127.0.0.2")
+    refused = CliRunner().invoke(serve.command, ["--check", str(folder), "--config", str(tmp_path / "flags.yml")])
+    assert "--check must be given the flags themselves; got --config" in refused.output
 
 
 def test_a_server_at_another_address_is_found(tmp_path):

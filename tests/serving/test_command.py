@@ -91,6 +91,9 @@ def test_a_file_of_flags_is_read_as_flags(folder, tmp_path):
     for text, message in [
         ("tokenizer: other", "--tokenizer must be left to"),
         ("lora-modules: [a=x]", "--lora-modules must stand on the command line"),
+        ("structured-outputs-config.enable_in_reasoning: false", "--structured-outputs-config must stand on the"),
+        ("served-model-name: mote", "--name must be a name that the base does not have"),
+        ("served_model_name: [x, mote]", "--name must be a name that the base does not have"),
         ("a: [", "--config must be a YAML file"),
     ]:
         file.write_text(text)

@@ -52,6 +52,13 @@ def test_every_torn_file_is_named(name: str, keep: float, tmp_path: Path) -> Non
     assert checkpoint_fault(checkpoint) == f"{name} is torn"
 
 
+def test_files_in_torchs_older_format_are_taken(tmp_path: Path) -> None:
+    """DeepSpeed writes them with checkpoint_serialization: false."""
+    checkpoint = write(tmp_path, 3)
+    torch.save({"a": torch.ones(3)}, checkpoint / "global_step3/rank_0.pt", _use_new_zipfile_serialization=False)
+    assert checkpoint_fault(checkpoint) is None
+
+
 @pytest.mark.parametrize(
     ("state", "fault"),
     [

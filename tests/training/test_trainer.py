@@ -229,13 +229,17 @@ def test_an_infinite_loss_alone_goes_on_and_another_rank_counts(tmp_path: Path) 
         made.save_model(tmp_path / "broken")
 
 
-def test_the_part_of_a_partitioned_weight_is_checked(tmp_path: Path) -> None:
+def test_the_part_of_a_partitioned_weight_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under ZeRO-3: the parameter itself is empty."""
     model = mote()
     made = build_trainer(tmp_path, model, WEIGHTS)
     parameter = next(p for name, p in model.named_parameters() if "lora_B" in name)
-    parameter.ds_tensor = torch.full((3,), float("nan"))  # type: ignore[attr-defined]
     parameter.data = torch.empty(0)
+    parameter.ds_numel, parameter.ds_process_group = 5, None  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    parameter.ds_tensor = torch.tensor([1.0, 2.0, float("nan")])  # type: ignore[attr-defined]
+    made._check_weights()  # of five values the second of two ranks has two: behind them is whatever memory held
+    parameter.ds_numel = 6  # type: ignore[attr-defined]
     with pytest.raises(FloatingPointError, match=DIVERGED):
         made.save_model(tmp_path / "broken")
 

@@ -105,11 +105,18 @@ class Journal(Closing):
                 self._offsets.update(zip(new, self._log.append(new.values()), strict=True))
 
     def add_all(self, other: Journal) -> None:
-        """Record what another journal of the same build holds; calls recorded before stay as they are.
+        """Record what another journal of the same build holds.
 
         Raises:
+            JournalError: If a call was recorded before with another result; nothing is recorded then.
             OSError: If they cannot be written; what was written before stays.
         """
+        for key in other:
+            if key in self._offsets and self._record_at(self._offsets[key]) != other._record_at(other._offsets[key]):
+                raise JournalError(
+                    f"{self._path} must agree with {other._path}; they have two results of {key}. That shard was begun "
+                    "anew: add --restart."
+                )
         keys = [key for key in other if key not in self._offsets]
         for start in range(0, len(keys), 1000):
             lines = {key: other._record_at(other._offsets[key]) for key in keys[start : start + 1000]}
