@@ -37,3 +37,11 @@ def open_session(tmp_path: Path, tiny_folder: Path) -> Callable[..., Session]:
         return Session(write_tiny_config(tmp_path, tiny_folder, **changes), folder, steps, processes)
 
     return open_one
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_plugins_of_other_tests() -> None:
+    """axolotl keeps the plugins of every configuration that a process has read; one of a baseline adds the adapter."""
+    from axolotl.integrations.base import PluginManager
+
+    PluginManager.get_instance().plugins.clear()

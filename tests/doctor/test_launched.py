@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -80,7 +81,11 @@ def test_after_an_interrupt_nothing_is_left(tmp_path: Path, tiny_folder: Path) -
     command = [sys.executable, "-m", "axolotl_mote.cli", "doctor", str(config), "--only", "processes"]
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
     (tmp_path / "tmp").mkdir()
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as doctor:
+    # A shell without job control starts its background jobs with SIGINT ignored, and so are their children.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        command, env=environment, preexec_fn=heard, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as doctor:
         workers: list[psutil.Process] = []
         while len(workers) < 2 and doctor.poll() is None:
             below = psutil.Process(doctor.pid).children(recursive=True)
