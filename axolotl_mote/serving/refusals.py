@@ -175,7 +175,9 @@ def check_sampling(
         raise ValueError(
             "steps must be asked of a server with markers and a step grammar. Start it with `axolotl-mote serve`."
         )
-    given = {name: getattr(params, name, None) for name in CONTRADICTING} | {"stop_token_ids": list(stops)}
+    given = {name: getattr(params, name, None) for name in CONTRADICTING} | {
+        "stop_token_ids": [token for token in stops if token != codec.stop_id]  # it ends every chain
+    }
     for name, value in given.items():
         if value:
             raise ValueError(CONTRADICTION.format(name))
