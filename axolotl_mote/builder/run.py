@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -127,12 +128,12 @@ def build(
         _load(settings, shard, questions, dropped, partial(on_count, "rows read"))
         reading = partial(on_count, "calls read from the journal")
         what = identity(settings, prompts.hashes)
-        for path in parts:  # before anything is written
-            Journal(path, what, on_progress=reading).close()
-        with Journal(folder / JOURNAL, what, restart=restart, on_progress=reading) as journal:
-            for path in parts:
-                with Journal(path, what, on_progress=reading) as part:
-                    journal.add_all(part)
+        with ExitStack() as held:
+            shards = [held.enter_context(Journal(path, what, on_progress=reading)) for path in parts]
+            # Opened last: a shard that cannot be merged leaves nothing behind.
+            journal = held.enter_context(Journal(folder / JOURNAL, what, restart=restart, on_progress=reading))
+            for part in shards:
+                journal.add_all(part)
             aside = [journal.set_aside] if journal.set_aside else []
             chains = folder / "chains.jsonl"
             if not len(journal) and chains.exists() and chains.stat().st_size:  # of another journal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,15 +32,7 @@ _LINE_EVERY = 10_000  # where there is no bar
 @click.option("--restart", is_flag=True, help="Put an existing journal aside and begin a new one.")
 @click.option("--shard", metavar="I/N", help="Build this share of the questions, on one of N hosts; I counts from 1.")
 @click.option("--merge", is_flag=True, help="Write one data set from the journals of all shards; calls no model.")
-def command(
-    config: Path,
-    output: Path | None,
-    limit: int | None,
-    exclude: tuple[str, ...],
-    restart: bool,
-    shard: str | None,
-    merge: bool,
-) -> None:
+def command(**options: Any) -> None:
     """Write a chain data set: the model aligns itself on your questions.
 
     CONFIG is a build file; docs/build-reference.md explains every key. You can stop the command at any time and
@@ -61,7 +53,7 @@ def command(
     """
     try:
         with usage_errors(extra="build"):
-            status = _build(config, output, limit, exclude, restart, shard, merge)
+            status = _build(**options)
     except KeyboardInterrupt:  # while questions are read or results written; the journal has all that was done
         click.echo("Interrupted. Run the same command again to continue.", err=True)
         status = 130

@@ -67,7 +67,7 @@ def _check(program: list[str], name: str, folder: Path) -> None:
     if value_of("--config", program) is not None:
         raise click.ClickException("--check must be given the flags themselves; got --config. Write them out.")
     host = value_of("--host", program) or ""
-    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # all addresses; noqa: S104
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else host  # all addresses
     key = value_of("--api-key", program) or os.environ.get("VLLM_API_KEY") or "none"
     if (port := value_of("--port", program)) is None:
         port = str(free_port())
