@@ -43,6 +43,19 @@ Console._environ = PlainEnvironment()
 os.environ.pop("COLUMNS", None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _axolotl_as_imported() -> None:
+    """What axolotl keeps for the life of a process, each module of tests finds as a new process would.
+
+    The plugins of every configuration that was read (one of a baseline adds an adapter), and the distributed state,
+    which axolotl refuses to set up again.
+    """
+    if base := sys.modules.get("axolotl.integrations.base"):
+        base.PluginManager.get_instance().plugins.clear()
+    if distributed := sys.modules.get("axolotl.utils.distributed"):
+        distributed.distributed_state = None
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """Root of the repository."""
