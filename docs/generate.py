@@ -183,7 +183,7 @@ def refused_table() -> str:
     rows = ["| key | reason and alternative |", "|---|---|"]
     rows += [f"| `{key}` | {remedy} |" for key, remedy in REFUSED.items()]
     keys = ", ".join(f"`{key}`" for key in REFUSED_ABOVE_ONE)
-    rows.append(f"| {keys} above 1 | Split sequences and layers cannot be routed. Use DeepSpeed ZeRO-3. |")
+    rows.append(f"| {keys} above 1 | Split sequences and layers cannot be routed. Use DeepSpeed ZeRO-3 or FSDP2. |")
     return "\n".join(rows)
 
 

@@ -37,8 +37,8 @@ def estimate(session: Session) -> Finding:
         f"from {memory.parameters / 1e6:.0f} million parameters: at 100 TFLOP/s sustained, no more than "
         f"{1e14 / work:,.0f} tokens/s, which was not measured"
     )
-    if session.raw.get("deepspeed"):
-        said += "; what DeepSpeed shards is counted whole"
+    if session.sharding:
+        said += f"; what {session.sharding[1]} shards is counted whole"
     figures = {
         "bytes": float(total),
         "tokens_per_second": speed,

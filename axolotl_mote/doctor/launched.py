@@ -31,24 +31,25 @@ _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Exit)
 
 
 def check_processes(session: Session) -> Finding:
-    """Several processes with the batches of one train the same adapter, with DeepSpeed if it is configured."""
+    """Several processes with the batches of one train the same adapter, sharded as it is configured."""
+    key, sharded = session.sharding or ("micro_batch_size", "DDP")
     reference = reference_run(session)
     found = load_file(_launched(session) / WEIGHTS)
     if found.keys() != reference.after.keys() or any(found[n].shape != t.shape for n, t in reference.after.items()):
-        return Finding(FAILED, "several processes save other tensors than one", "deepspeed")
-    sharded = "DeepSpeed" if session.raw.get("deepspeed") else "DDP"
+        return Finding(FAILED, "several processes save other tensors than one", key)
     return judge_adapters(
         compare_adapters(found, reference.after, reference.before, session.exact_run),
         f"{session.processes} processes, {sharded} over {'NCCL' if torch.cuda.is_available() else 'gloo'}",
         f"{session.processes} processes ({sharded}) train another adapter than one with the same batches",
-        "deepspeed" if session.raw.get("deepspeed") else "micro_batch_size",
+        key,
     )
 
 
 def check_sharding(session: Session) -> Finding:
-    """What DeepSpeed's processes saved is whole: every tensor in its full shape, and every expert moved."""
-    if not session.raw.get("deepspeed"):
-        return Finding(NOT_APPLICABLE, "deepspeed is not set")
+    """What processes saved that shard is whole: every tensor in its full shape, and every expert moved."""
+    if session.sharding is None:
+        return Finding(NOT_APPLICABLE, "neither deepspeed nor fsdp_config is set")
+    key, _ = session.sharding
     reference = reference_run(session)
     found = load_file(_launched(session) / WEIGHTS)
     faults = [f"{name} is missing" for name in sorted(reference.before.keys() - found.keys())]
@@ -65,7 +66,7 @@ def check_sharding(session: Session) -> Finding:
             f"{name}: shards that did not move ({layers[0]})" for name, layers in still.items() if name not in usual
         ]
     if faults:
-        return Finding(FAILED, "; ".join(faults[:3]), "deepspeed")
+        return Finding(FAILED, "; ".join(faults[:3]), key)
     return Finding(OK, f"{len(found)} tensors in their full shapes, every expert moved")
 
 
@@ -87,7 +88,8 @@ def _launch(session: Session) -> Path:
     reference = reference_run(session)
     steps, accumulation = comparable_steps(session)
     schedule = {"max_steps": steps, "gradient_accumulation_steps": accumulation}
-    file = session.write("processes", session.comparable() | schedule | {"deepspeed": session.raw.get("deepspeed")})
+    sharding = {key: session.raw.get(key) for key in ("deepspeed", "fsdp_config", "fsdp_version")}
+    file = session.write("processes", session.comparable() | schedule | sharding)
     log = session.folder / "processes.log"
     with _port() as port, log.open("wb") as out:
         variables: dict[str, object] = {"WORLD_SIZE": session.processes, "LOCAL_WORLD_SIZE": session.processes}

@@ -30,8 +30,6 @@ _KEYS = {
     "checkpointing": "gradient_checkpointing",
     "packing": "sample_packing",
     "compile": "mote.compile",
-    "processes": "deepspeed",
-    "sharding": "deepspeed",
     "resume": "save_strategy",
 }
 """Where to look when a check breaks instead of giving a verdict; base_model for all others."""
@@ -61,9 +59,15 @@ def run_lines(
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this line's result
             text = _last_line(error)
             named = _NAMED.search(text) if name == "config" else None
-            finding = Finding(FAILED, text, named.group(1) if named else _KEYS.get(name, "base_model"))
+            finding = Finding(FAILED, text, named.group(1) if named else _key_of(name, session))
         finding.line, finding.seconds = name, time.perf_counter() - start
         yield finding
+
+
+def _key_of(name: str, session: Session) -> str:
+    if name in ("processes", "sharding"):
+        return session.sharding[0] if session.sharding else "micro_batch_size"
+    return _KEYS.get(name, "base_model")
 
 
 def _last_line(error: BaseException) -> str:

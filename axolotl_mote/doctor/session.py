@@ -35,7 +35,8 @@ _REMOVED = (
     *("save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end", "metric_for_best_model"),
     *("early_stopping_patience", "generate_samples", "do_causal_lm_eval", "resume_from_checkpoint"),
     *("auto_resume_from_checkpoints", "hub_model_id", "hub_strategy", "push_to_hub", "use_ray", "max_steps"),
-    *("batch_size", "profiler_steps", "use_tensorboard", "val_set_size", "deepspeed"),
+    *("batch_size", "profiler_steps", "use_tensorboard", "val_set_size"),
+    *("deepspeed", "fsdp_config", "fsdp_version", "dp_shard_size", "dp_replicate_size"),
 )
 _REPORTERS = ("wandb", "mlflow", "comet", "trackio", "swanlab", "otel", "gradio")
 
@@ -124,6 +125,12 @@ class Session:
             )
         self.raw: dict[str, Any] = dict(raw)
         self._known: dict[str, Any] = {}
+
+    @property
+    def sharding(self) -> tuple[str, str] | None:
+        """The key of the configuration that has several processes share the parameters, and what does it."""
+        known = {"deepspeed": "DeepSpeed", "fsdp_config": "FSDP2"}
+        return next(((key, name) for key, name in known.items() if self.raw.get(key)), None)
 
     # --- read once ----------------------------------------------------------------------------------------------------
 

@@ -33,22 +33,28 @@ class SelfCheckError(ValueError):
     """A base model for which the adapter would be silently wrong."""
 
 
-def check_training(model: Any) -> None:
+Forward = Callable[..., Any]
+
+
+def check_training(model: Any, forward: Forward | None = None) -> None:
     """Check what training relies on: causality, the loss, and, if steps are dropped, that the mask is exact.
 
     Args:
         model: A model with a MoTE adapter, however it is wrapped. Its weights, modes and random state stay as they are.
+        forward: Runs the model, and takes what ``MoteModel.forward`` takes; by default that. Under FSDP2 the wrapped
+            model, which gathers the parameters.
 
     Raises:
         SelfCheckError: If an equality does not hold; names the family and what to switch off.
     """
     tuner = _tuner(model)
+    run = forward or tuner
     with _quiet(tuner):
         way_out = "Use a model whose tokens see no later ones."
-        _compare(tuner, "causality", way_out, lambda: _causality(tuner), _SAME_SHAPES)
-        _compare(tuner, "loss", "Report this family.", lambda: _loss(tuner), _SAME_SHAPES)
+        _compare(tuner, "causality", way_out, lambda: _causality(tuner, run), _SAME_SHAPES)
+        _compare(tuner, "loss", "Report this family.", lambda: _loss(tuner, run), _SAME_SHAPES)
         if any(tuner.routing.step_dropout):
-            _compare(tuner, "step dropout", "Set mote.step_dropout: 0.", lambda: _step_dropout(tuner))
+            _compare(tuner, "step dropout", "Set mote.step_dropout: 0.", lambda: _step_dropout(tuner, run))
 
 
 def check_generation(model: Any) -> None:
@@ -78,32 +84,32 @@ def check_generation(model: Any) -> None:
 # --- the equalities -------------------------------------------------------------------------------------------------
 
 
-def _causality(tuner: MoteModel) -> tuple[Tensor, Tensor]:
+def _causality(tuner: MoteModel, run: Forward) -> tuple[Tensor, Tensor]:
     """Logits before the last token, and the same with another last token: two rows of a batch."""
     tokens = _chain(tuner)
     other = tokens.clone()
     other[:, -1] = tokens[:, 0]
-    one, two = tuner(input_ids=torch.cat([tokens, other])).logits[:, :-1]
+    one, two = run(input_ids=torch.cat([tokens, other])).logits[:, :-1]
     return one, two
 
 
-def _loss(tuner: MoteModel) -> tuple[Tensor, Tensor]:
+def _loss(tuner: MoteModel, run: Forward) -> tuple[Tensor, Tensor]:
     """Losses as training computes them, and those of the model's own logits."""
     tokens = _chain(tuner)
     targets = shift(tokens, -100)
-    logits = tuner(input_ids=tokens).logits[0].float()
+    logits = run(input_ids=tokens).logits[0].float()
     own = F.cross_entropy(logits, targets[0], reduction="none", ignore_index=-100)
-    return tuner(input_ids=tokens, targets=targets).loss[0, :-1], own[:-1]
+    return run(input_ids=tokens, targets=targets).loss[0, :-1], own[:-1]
 
 
-def _step_dropout(tuner: MoteModel) -> tuple[Tensor, Tensor]:
+def _step_dropout(tuner: MoteModel, run: Forward) -> tuple[Tensor, Tensor]:
     """Logits of the tokens that are left when every step that can be dropped is, and of a chain without those steps."""
     tokens, dropout = _chain(tuner), tuner.routing.step_dropout
     dropped = torch.tensor([step for step, p in enumerate(dropout, start=1) if p], device=tokens.device)
     kept = ~torch.isin(step_ids_from_tokens(tokens, tuner.routing.vocabulary), dropped)
     with _dropping(tuner):
-        masked = tuner(input_ids=tokens).logits
-    return masked[kept], tuner(input_ids=tokens[kept].unsqueeze(0)).logits[0]
+        masked = run(input_ids=tokens).logits
+    return masked[kept], run(input_ids=tokens[kept].unsqueeze(0)).logits[0]
 
 
 def _cached(tuner: MoteModel, markers: bool = True) -> tuple[Tensor, Tensor]:

@@ -152,8 +152,7 @@ REFUSED_WITH_CHAINS: dict[str, str] = {
     "use_eaft": "It would replace the loss of the steps. Remove it.",
     "push_dataset_to_hub": "Prepared data on the hub is found by file names, whatever the files hold. Remove it.",
     "skip_prepare_dataset": "Chains must be encoded. Remove it.",
-    "fsdp": "FSDP is not supported. Use deepspeed.",
-    "fsdp_config": "FSDP is not supported. Use deepspeed.",
+    "fsdp": "FSDP1 is not supported. Use fsdp_config with fsdp_version: 2, or deepspeed.",
     "trainer_cls": "The loss of the steps needs the plugin's trainer. Remove it.",
     **dict.fromkeys(LOSSES, "The loss of the steps replaces it. Remove it."),
 }
@@ -318,11 +317,42 @@ def check_baseline(cfg: dict[str, Any]) -> None:
     """
     if chain_entries(cfg):
         _check_data_options(cfg)
+        if cfg.get("fsdp_config"):  # saving fails with a KeyError that names the rows of the markers
+            raise ValueError(
+                f"fsdp_config must not be set with chain data and adapter: {cfg.get('adapter')}; got "
+                f"{cfg['fsdp_config']!r}. PEFT cannot save trained token rows that are sharded. Use deepspeed, or "
+                "adapter: mote."
+            )
     for key in ("expert_weight", "question_routing", "step_dropout", "compile"):
         if key in (cfg.get("mote") or {}):
             raise ValueError(
                 f"mote.{key} must not be set with adapter: {cfg.get('adapter')}, which would ignore it; got "
                 f"{cfg['mote'][key]!r}. Remove it, or set adapter: mote."
+            )
+
+
+def _check_fsdp(cfg: dict[str, Any]) -> None:
+    """Check that what shards the parameters is FSDP2, and shards what it can gather again."""
+    # axolotl takes the keys with and without this prefix.
+    options = {str(key).removeprefix("fsdp_"): value for key, value in (cfg.get("fsdp_config") or {}).items()}
+    if not options:
+        return
+    version = cfg.get("fsdp_version") or options.get("version")
+    if str(version) != "2":
+        raise ValueError(
+            f"fsdp_version must be 2 with adapter: mote; got {version or 'none, which means 1'}. FSDP1 is not "
+            "supported. Set fsdp_version: 2."
+        )
+    if options.get("auto_wrap_policy") == "SIZE_BASED_WRAP":
+        raise ValueError(
+            "fsdp_config.auto_wrap_policy must be TRANSFORMER_BASED_WRAP with adapter: mote; got SIZE_BASED_WRAP, "
+            "which also picks lists of layers, and those cannot be sharded. Change it."
+        )
+    for key in ("load_in_4bit", "load_in_8bit"):
+        if cfg.get(key):
+            raise ValueError(
+                f"{key} must not be set with fsdp_config and adapter: mote; got true. Sharded quantized weights are "
+                "untested with step routing. Use DeepSpeed ZeRO-3."
             )
 
 
@@ -371,8 +401,9 @@ def check_config(cfg: dict[str, Any]) -> None:
         if (cfg.get(key) or 1) > 1:
             raise ValueError(
                 f"{key} must be 1 with adapter: mote; got {cfg[key]}. Split sequences and layers cannot be "
-                "routed. Use DeepSpeed ZeRO-3 to fit larger models."
+                "routed. Use DeepSpeed ZeRO-3 or FSDP2 to fit larger models."
             )
+    _check_fsdp(cfg)
     if _evaluates_adapter_folder(cfg):
         raise ValueError(
             "lm_eval_post_train must be false with adapter: mote; got true. lm_eval reads output_dir and cannot route "

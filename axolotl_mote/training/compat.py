@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -71,6 +71,15 @@ def uses_zero3() -> bool:
     return os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
+def uses_fsdp() -> bool:
+    """Whether FSDP2 shards the parameters, or will once training starts.
+
+    Works around: the model is sharded when the trainer begins. axolotl tells accelerate through this variable.
+    Upstream: axolotl/utils/trainer.py, ``setup_fsdp_envs``.
+    """
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
 @contextmanager
 def gathered(parameter: Tensor) -> Iterator[None]:
     """Make a parameter that DeepSpeed ZeRO-3 has partitioned readable; any other parameter stays as it is.
@@ -88,16 +97,19 @@ def gathered(parameter: Tensor) -> Iterator[None]:
 
 
 def local_values(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter: all of it, but a part under DeepSpeed ZeRO-3.
+    """What this process holds of a parameter: all of it, but a part under FSDP2 and DeepSpeed ZeRO-3.
 
     Works around: there is no public name for the part, nor for the end of its values.
     Upstream: deepspeed/runtime/zero/partition_parameters.py, ``ds_tensor``, ``ds_numel``, ``ds_process_group``.
     """
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().detach()
     part: Tensor | None = getattr(parameter, "ds_tensor", None)
     if part is None:
         return parameter.detach()
-    import torch.distributed as dist
-
     rank = dist.get_rank(parameter.ds_process_group)  # type: ignore[attr-defined]
     own = min(part.numel(), parameter.ds_numel - rank * part.numel())  # type: ignore[attr-defined]
     return part.detach().flatten()[: max(own, 0)]  # behind it is padding, whatever memory held there
@@ -157,6 +169,102 @@ def _no_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Te
     return labels.new_zeros(())
 
 
+class WholeAdapters:
+    """Mixin for a trainer: under FSDP2 a checkpoint holds the whole adapter, and is resumed from it.
+
+    Works around: transformers gathers the base model with the adapter to save the adapter, and not at all where the
+    state is sharded; of a full state it keeps the first process's part to resume from.
+    Upstream: transformers/trainer.py, ``Trainer.save_model``, ``_load_from_checkpoint``, ``_load_best_model``;
+    accelerate/utils/fsdp_utils.py, ``save_fsdp_model``.
+    """
+
+    model: nn.Module
+    is_fsdp_enabled: bool
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; every process must call it."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        state = whole_adapter(self.model)
+        if self.args.should_save:  # type: ignore[attr-defined]
+            self._save(output_dir, state_dict=state)  # type: ignore[attr-defined]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            load_whole_adapter(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            load_whole_adapter(self.model, self.state.best_model_checkpoint)  # type: ignore[attr-defined]
+        else:
+            super()._load_best_model()  # type: ignore[misc]
+
+
+def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
+    """The trained parameters of a model that FSDP2 has sharded, gathered; every process must call it.
+
+    Works around: the wrappers of FSDP's own activation checkpointing stand in the names of parameters.
+    Upstream: torch/distributed/algorithms/_checkpoint/checkpoint_wrapper.py.
+    """
+    from torch.distributed.tensor import DTensor
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.detach()
+            value = value.full_tensor() if isinstance(value, DTensor) else value
+            found[name.replace(_CHECKPOINTED, "")] = value.cpu()
+    return found
+
+
+_CHECKPOINTED = "_checkpoint_wrapped_module."
+
+
+def load_whole_adapter(model: nn.Module, folder: str) -> None:
+    """Load what ``whole_adapter`` gave from a checkpoint; every process must call it, the first one reads the file."""
+    import torch
+    import torch.distributed as dist
+    from peft import get_peft_model_state_dict
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors.torch import load_file
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    saved = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)) if dist.get_rank() == 0 else None
+    trained = {name.replace(_CHECKPOINTED, ""): one for name, one in model.named_parameters() if one.requires_grad}
+    with torch.no_grad():
+        for name, parameter in get_peft_model_state_dict(model, state_dict=trained).items():
+            sharded = cast(DTensor, parameter)
+            whole = torch.empty(sharded.shape, dtype=sharded.dtype, device=sharded.device)
+            if saved is not None:
+                whole.copy_(saved[name])
+            sharded.copy_(distribute_tensor(whole, sharded.device_mesh, sharded.placements))
+
+
+def save_whole_adapters() -> None:
+    """Have axolotl save the adapter of a run under FSDP2 as checkpoints hold it; ``undo_patches`` reverts it.
+
+    Works around: axolotl gathers it itself at the end, under the names that ``whole_adapter`` corrects.
+    Upstream: axolotl/integrations/expert_parallel/shard.py, ``save_fsdp2_lora_adapter``, as axolotl/train.py calls it.
+    """
+    with private_names():
+        from axolotl.integrations.expert_parallel import shard
+
+    def save_adapter(model: Any, output_dir: str) -> bool:
+        import torch.distributed as dist
+
+        state = whole_adapter(model)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            model.save_pretrained(output_dir, state_dict=state)
+        if dist.is_initialized():
+            dist.barrier()
+        return True
+
+    _patch(shard, "save_fsdp2_lora_adapter", save_adapter)
+
+
 # --- processes without an accelerator -------------------------------------------------------------------------------
 
 
@@ -192,11 +300,14 @@ def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
       Upstream: accelerate/state.py, ``PartialState._prepare_backend``.
     * axolotl places the model of every process on the accelerator of its local rank.
       Upstream: axolotl/loaders/model.py, ``ModelLoader._set_device_map_config``.
+    * axolotl shards over accelerators, whatever the machine has, and accelerate does not shard without them.
+      Upstream: axolotl/utils/distributed.py, ``build_parallelism_config``; accelerate/state.py, ``AcceleratorState``.
     * gloo copies through views of the output, which autograd forbids while ZeRO-1 and 2 gather parameters.
       Upstream: deepspeed/comm/torch.py, ``TorchBackend.all_gather_into_tensor``.
     """
     import torch
-    from accelerate.state import DistributedType, PartialState
+    from accelerate import ParallelismConfig
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
@@ -216,7 +327,22 @@ def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
             self.model_kwargs["device_map"] = {"": "cpu"}
 
     _patch(PartialState, "_prepare_backend", prepare_backend)
+    build, start = ParallelismConfig.build_device_mesh, AcceleratorState.__init__
+
+    def build_device_mesh(self: Any, device_type: str) -> Any:
+        return build(self, "cpu")
+
+    def init_state(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        known = self.initialized
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and not known and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
     _patch(ModelLoader, "_set_device_map_config", set_device_map_config)
+    _patch(ParallelismConfig, "build_device_mesh", build_device_mesh)
+    _patch(AcceleratorState, "__init__", init_state)
     if deepspeed:
         from deepspeed.comm.torch import TorchBackend
 

@@ -26,8 +26,10 @@ from axolotl_mote.training.compat import (
     find_embedding_layers,
     find_linear_layers,
     gathered,
+    save_whole_adapters,
     trains_alone_on_cpu,
     undo_patches,
+    uses_fsdp,
     uses_zero3,
 )
 from axolotl_mote.training.hosts import check_hosts
@@ -72,6 +74,8 @@ class MotePlugin(BasePlugin):
             # axolotl identifies a prepared data set by file names and would reuse it for new content.
             prepared = cfg.get("dataset_prepared_path") or DEFAULT_DATASET_PREPARED_PATH
             cfg["dataset_prepared_path"] = str(Path(prepared) / _digest_of_chains(cfg))
+        if cfg.get("fsdp_config"):
+            save_whole_adapters()
         enable_gloo_for_cpu_processes(bool(cfg.get("deepspeed")))
 
     def on_config_validation_error(self, cfg: dict[str, Any]) -> None:
@@ -181,8 +185,9 @@ class MotePlugin(BasePlugin):
         if cfg.adapter != "mote" or cfg.inference:
             return
         wanted = read_options(cfg).compile
-        # ZeRO-3 hooks into every layer after this, which is untested with compiled layers: `auto` leaves them alone.
-        if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda" and not uses_zero3()):
+        # Both hook into every layer after this, untested with layers compiled on CUDA: `auto` leaves them alone.
+        hooked = uses_zero3() or uses_fsdp()
+        if wanted == "layers" or (wanted == "auto" and model.device.type == "cuda" and not hooked):
             compile_layers(model, cfg)
 
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:

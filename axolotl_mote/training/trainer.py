@@ -18,7 +18,7 @@ from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.adapter import mote_model
 from axolotl_mote.model.loss import Targets, build_targets, scored_positions, step_sums, token_losses, weighted_loss
 from axolotl_mote.model.routing import step_ids_from_tokens
-from axolotl_mote.training.compat import OwnLoss, local_values
+from axolotl_mote.training.compat import OwnLoss, WholeAdapters, local_values
 
 Batch = dict[str, Any]
 
@@ -37,7 +37,7 @@ class ScoredCollator:
         return batch
 
 
-class MoteTrainer(OwnLoss, AxolotlTrainer):
+class MoteTrainer(OwnLoss, WholeAdapters, AxolotlTrainer):
     """axolotl's trainer with MoTE's loss and metrics.
 
     The plugin sets the attributes below on a subclass: axolotl creates the trainer, so no argument can carry them.

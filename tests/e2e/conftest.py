@@ -220,6 +220,11 @@ def accumulated(workshop: Workshop, runs: Runs) -> Path:
 
 
 @job
+def best(workshop: Workshop, runs: Runs) -> Path:
+    return workshop.train("best", **BEST)
+
+
+@job
 def resumed(workshop: Workshop, runs: Runs) -> Path:
     return workshop.train_killed_and_resumed("resumed")
 
@@ -326,4 +331,12 @@ def four_bit(workshop: Workshop, runs: Runs) -> Result:
     return workshop.run("train", "four_bit", load_in_4bit=True, max_steps=1)
 
 
+BEST = {
+    "load_best_model_at_end": True,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "eval_steps": 2,
+    "learning_rate": 2.0,
+}
+"""At this rate the loss rises after the second checkpoint."""
 PLAIN = {"mote": {}, **dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)}

@@ -203,12 +203,43 @@ def test_a_split_sequence_or_layer_is_refused(key: str) -> None:
             {"lora_target_linear": False},
             r"^lora_target_linear or lora_target_modules must be set with adapter: mote; g",
         ),
+        ({"fsdp_config": {"a": 1}}, r"^fsdp_version must be 2 with adapter: mote; got none, which means 1\."),
+        (
+            {"fsdp_config": {"fsdp_version": 1}},
+            r"^fsdp_version must be 2 with adapter: mote; got 1\. .*fsdp_version: 2",
+        ),
+        (
+            {"fsdp_version": 2, "fsdp_config": {"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}},
+            r"^fsdp_config\.auto_wrap_policy must be TRANSFORMER_BASED_WRAP .*; got SIZE_BASED_WRAP",
+        ),
+        (
+            {"fsdp_config": {"version": 2}, "load_in_4bit": True},
+            r"^load_in_4bit must not be set with fsdp_config .* Use DeepSpeed ZeRO-3\.$",
+        ),
+        (
+            {"fsdp_config": {"version": 2}, "load_in_8bit": True},
+            r"^load_in_8bit must not be set with fsdp_config .* Use DeepSpeed ZeRO-3\.$",
+        ),
         ({"inference": True}, r"^lora_model_dir must name a trained adapter for inference .* Pass --lora-model-dir\.$"),
     ],
 )
 def test_other_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_config(config(**changes))
+
+
+@pytest.mark.parametrize("spelling", ["version", "fsdp_version"])
+def test_fsdp2_passes_in_every_spelling(spelling: str) -> None:
+    check_config(config(fsdp_version=2, fsdp_config={"reshard_after_forward": True}))
+    check_config(config(fsdp_config={spelling: 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}))
+    check_config(config(fsdp_config=None, load_in_4bit=True))
+
+
+def test_a_baseline_on_chains_cannot_be_sharded_by_fsdp() -> None:
+    with pytest.raises(
+        ValueError, match=r"^fsdp_config must not be set with chain data and adapter: lora; got .*Use d"
+    ):
+        check({"adapter": "lora", "datasets": [CHAINS], "fsdp_version": 2, "fsdp_config": {"version": 2}})
 
 
 def test_inference_with_an_adapter_folder_passes() -> None:

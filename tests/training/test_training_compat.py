@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import DistributedType, PartialState
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders.model import ModelLoader
+from axolotl.utils import distributed
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from kit import base_model
@@ -123,6 +125,32 @@ def test_the_trainer_has_the_methods_that_are_replaced() -> None:
     expected = ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
     assert parameters(AxolotlTrainer.compute_loss) == parameters(Trainer.compute_loss) == expected
     assert "metric_key_prefix" in parameters(Trainer.evaluation_loop)
+    assert parameters(Trainer.save_model) == ["self", "output_dir", "_internal_call"]
+    assert parameters(AxolotlTrainer._save) == ["self", "output_dir", "state_dict"]
+    assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
+    assert parameters(Trainer._load_best_model) == ["self"]
+
+
+def test_axolotl_saves_the_adapter_of_sharded_runs_through_a_function_that_is_replaced() -> None:
+    from axolotl import train
+    from axolotl.integrations.expert_parallel import shard
+
+    assert parameters(shard.save_fsdp2_lora_adapter) == ["model", "output_dir"]
+    assert "if save_fsdp2_lora_adapter(model, cfg.output_dir):" in inspect.getsource(train.save_trained_model)
+    original = shard.save_fsdp2_lora_adapter
+    compat.save_whole_adapters()
+    assert shard.save_fsdp2_lora_adapter is not original
+    compat.undo_patches()
+    assert shard.save_fsdp2_lora_adapter is original
+
+
+def test_wrappers_of_checkpointing_are_not_in_the_names_of_a_saved_adapter() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    model = torch.nn.Sequential(checkpoint_wrapper(torch.nn.Sequential(torch.nn.Linear(2, 2), frozen)))
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
+    assert compat.whole_adapter(model).keys() == {"0.0.weight", "0.0.bias"}
 
 
 class OwnTotal(compat.OwnLoss, AxolotlTrainer):
@@ -227,6 +255,18 @@ def test_deepspeed_gathers_without_autograd_and_a_rejected_configuration_leaves_
     assert seen == [False, False]
     MotePlugin().on_config_validation_error({})
     assert {owner: getattr(owner, name) for owner, name in owners.items()} == before
+
+
+@pytest.mark.usefixtures("two_cpu_processes")
+def test_processes_on_cpus_shard_over_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 'build_device_mesh("cuda")' in inspect.getsource(distributed.build_parallelism_config)
+    assert parameters(ParallelismConfig.build_device_mesh) == ["self", "device_type"]
+    started = inspect.getsource(AcceleratorState.__init__)
+    assert "self.distributed_type = DistributedType.FSDP" in started
+    assert "fsdp_plugin.set_mixed_precision(self._mixed_precision)" in started
+    monkeypatch.setattr(ParallelismConfig, "build_device_mesh", lambda self, device_type: device_type)
+    compat.enable_gloo_for_cpu_processes(deepspeed=False)
+    assert ParallelismConfig.build_device_mesh(None, "cuda") == "cpu"
 
 
 @pytest.mark.parametrize(("cuda", "world"), [(True, "2"), (False, "1")])
