@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv model quickstart test test-fast fuzz check format docs docs-site tutorial bench gpu-bench decode-bench \
-        server-bench build-bench options-bench gpu-session data-bench stats-bench gpu-check two-hosts families compat compat-newest package selfalign clean
+        server-bench build-bench options-bench gpu-session data-bench soak stats-bench gpu-check two-hosts families compat compat-newest package selfalign clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -224,6 +224,9 @@ options-bench: $(MODEL)/config.json ## Two steps with each axolotl option by its
 
 data-bench: $(MODEL)/config.json ## Checking, encoding and describing 100,000 chains: rows a second and memory
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/data_size.py $(MODEL) $(ARGS)
+
+soak: $(STAMP) ## 2,000 optimizer steps and 10,000 answers on a tiny model: memory over time
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/soak.py outputs/soak $(ARGS)
 
 stats-bench: $(STAMP) ## Statistics of 6,000 chains: seconds and memory
 	$(BIN)/python tests/bench/statistics_speed.py
