@@ -177,7 +177,7 @@ serve-check: $(SERVING)/plain ## 32 questions in every mode through a server of 
 	$(SERVE_VENV)/bin/python tests/bench/serving.py check $(SERVING) --runner v2 $(ARGS)
 
 serve-bench: $(SERVING)/plain ## Serving speed beside a plain LoRA of the same rank
-	$(SERVE_VENV)/bin/python tests/bench/serving.py speed $(SERVING) $(ARGS)
+	OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(SERVE_VENV)/bin/python tests/bench/serving.py speed $(SERVING) $(ARGS)
 
 gpu-serve: ## On a machine with a GPU: serve-check with CUDA graphs, in two types, and serve-bench; into outputs/gpu/serving.json
 	@$(MAKE) --no-print-directory serve-check serve-bench SERVE_VENV=.venv-serve-gpu VLLM=vllm==0.32.0 TORCH= ARGS=

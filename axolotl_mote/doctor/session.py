@@ -37,6 +37,7 @@ _REMOVED = (
     *("auto_resume_from_checkpoints", "hub_model_id", "hub_strategy", "push_to_hub", "use_ray", "max_steps"),
     *("batch_size", "profiler_steps", "use_tensorboard", "val_set_size"),
     *("deepspeed", "fsdp_config", "fsdp_version", "dp_shard_size", "dp_replicate_size"),
+    *("fp32_norms", "fp32_norm_classes"),
 )
 _REPORTERS = ("wandb", "mlflow", "comet", "trackio", "swanlab", "otel", "gradio")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,7 @@ def codec_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> ChainCodec:
     indices = getattr(config, "trainable_token_indices", None) or []
     ids = next(iter(indices.values())) if isinstance(indices, dict) else indices
     if not ids:
-        return ChainCodec.from_tokenizer(tokenizer)
+        return _kept_codec(tokenizer, None, _settings(tokenizer))
     tokens = [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
     names = [token[2:-2] for token in tokens]
     steps = [name for name in names if start_marker(name) in tokens and end_marker(name) in tokens]
@@ -179,12 +180,28 @@ def codec_of(tokenizer: PreTrainedTokenizerBase, config: Any) -> ChainCodec:
             f"tokenizer must hold the markers that the LoRA was trained with, ids {ids}; got {tokens}. "
             "Use the tokenizer files that training saved beside the adapter."
         )
-    return ChainCodec(tokenizer, steps)
+    return _kept_codec(tokenizer, tuple(steps), _settings(tokenizer))
+
+
+def _settings(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What a codec depends on besides the vocabulary's texts, and a program may change."""
+    return str(len(tokenizer)), str(tokenizer.chat_template), str(tokenizer.special_tokens_map)
+
+
+@lru_cache(maxsize=4)
+def _kept_codec(
+    tokenizer: PreTrainedTokenizerBase, steps: tuple[str, ...] | None, settings: tuple[str, ...]
+) -> ChainCodec:
+    """The codec of a tokenizer, made once and not for every answer.
+
+    Reading it costs time, and the tokenizers package (0.23) never frees the 64 bytes of each token that it lists.
+    """
+    return ChainCodec.from_tokenizer(tokenizer) if steps is None else ChainCodec(tokenizer, steps)
 
 
 def _adapter_codec(tokenizer: PreTrainedTokenizerBase, config: MoteConfig) -> ChainCodec:
     """The codec of an adapter, its marker ids checked against the adapter's."""
-    codec = ChainCodec(tokenizer, config.steps)
+    codec = _kept_codec(tokenizer, tuple(config.steps), _settings(tokenizer))
     if codec.vocabulary != config.vocabulary:
         pairs = zip(config.markers, codec.vocabulary.marker_ids, config.marker_ids, strict=True)
         wrong = [f"{marker} {found} instead of {trained}" for marker, found, trained in pairs if found != trained]

@@ -149,6 +149,11 @@ class MarkerHead(_MarkerLayer):
         if self._tied_to[0] is None:
             self.lora_marker_rows[adapter_name] = rows
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the embedding's rows are used."""
+        return self._tied_to[0] is not None
+
     def _rows(self, adapter: str) -> nn.Module:
         owner = self if self._tied_to[0] is None else self._tied_to[0]
         return owner.lora_marker_rows[adapter]

@@ -23,7 +23,7 @@ from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.attention import SegmentsHolder, attach, build_attention_mask, detach
 from axolotl_mote.model.compat import cached_length, find_cache
 from axolotl_mote.model.config import MoteConfig
-from axolotl_mote.model.markers import MarkerEmbedding
+from axolotl_mote.model.markers import MarkerEmbedding, MarkerHead
 from axolotl_mote.model.masks import Segments, Visibility
 from axolotl_mote.model.routing import (
     document_draws,
@@ -185,6 +185,14 @@ class RoutedModel(_Base):
     def by_name(self, args: tuple[Any, ...]) -> dict[str, Any]:
         """Positional arguments of the model's forward by their names: routing reads and replaces some of them."""
         return dict(zip(self.forward_parameters, args, strict=False))
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Tie the tables inside the layers of the markers; transformers would tie those layers themselves."""
+        head = self.get_output_embeddings()
+        if not isinstance(head, MarkerHead):
+            super().tie_weights(*args, **kwargs)
+        elif head.is_tied:
+            head.base_layer.weight = self.get_input_embeddings().base_layer.weight
 
     @contextmanager
     def routed(self, kwargs: dict[str, Any]) -> Iterator[None]:

@@ -48,7 +48,7 @@ def check_training(model: Any, forward: Forward | None = None) -> None:
         SelfCheckError: If an equality does not hold; names the family and what to switch off.
     """
     tuner = _tuner(model)
-    run = forward or tuner
+    run: Forward = tuner if forward is None else forward  # a compiled model has a length, and none to give
     with _quiet(tuner):
         way_out = "Use a model whose tokens see no later ones."
         _compare(tuner, "causality", way_out, lambda: _causality(tuner, run), _SAME_SHAPES)

@@ -317,11 +317,10 @@ def check_baseline(cfg: dict[str, Any]) -> None:
     """
     if chain_entries(cfg):
         _check_data_options(cfg)
-        if cfg.get("fsdp_config"):  # saving fails with a KeyError that names the rows of the markers
+        if cfg.get("fsdp_config"):  # PEFT ends with a KeyError when it saves the rows of the markers
             raise ValueError(
                 f"fsdp_config must not be set with chain data and adapter: {cfg.get('adapter')}; got "
-                f"{cfg['fsdp_config']!r}. PEFT cannot save trained token rows that are sharded. Use deepspeed, or "
-                "adapter: mote."
+                f"{cfg['fsdp_config']!r}. Only adapter: mote can be saved whole. Use deepspeed, or adapter: mote."
             )
     for key in ("expert_weight", "question_routing", "step_dropout", "compile"):
         if key in (cfg.get("mote") or {}):
@@ -331,29 +330,41 @@ def check_baseline(cfg: dict[str, Any]) -> None:
             )
 
 
+_QUANTIZED = "Sharded quantized weights are untested with step routing. Use DeepSpeed ZeRO-3."
+_REFUSED_WITH_FSDP = {
+    "load_in_4bit": _QUANTIZED,
+    "load_in_8bit": _QUANTIZED,
+    "generate_samples": "Processes whose samples end at different lengths would wait for each other. Remove it.",
+}
+
+
 def _check_fsdp(cfg: dict[str, Any]) -> None:
     """Check that what shards the parameters is FSDP2, and shards what it can gather again."""
-    # axolotl takes the keys with and without this prefix.
-    options = {str(key).removeprefix("fsdp_"): value for key, value in (cfg.get("fsdp_config") or {}).items()}
-    if not options:
+    given = cfg.get("fsdp_config")
+    if not given or not isinstance(given, Mapping):  # axolotl refuses what is no mapping
         return
-    version = cfg.get("fsdp_version") or options.get("version")
-    if str(version) != "2":
+    # axolotl takes the keys with and without this prefix.
+    options = {str(key).removeprefix("fsdp_"): value for key, value in given.items()}
+    named = (cfg.get("fsdp_version"), given.get("version"), given.get("fsdp_version"))
+    versions = [str(version) for version in named if version is not None]
+    if set(versions) != {"2"}:
         raise ValueError(
-            f"fsdp_version must be 2 with adapter: mote; got {version or 'none, which means 1'}. FSDP1 is not "
-            "supported. Set fsdp_version: 2."
+            f"fsdp_version must be 2 with adapter: mote; got {' and '.join(versions) or 'none, which means 1'}. FSDP1 "
+            "is not supported. Set fsdp_version: 2."
         )
     if options.get("auto_wrap_policy") == "SIZE_BASED_WRAP":
         raise ValueError(
             "fsdp_config.auto_wrap_policy must be TRANSFORMER_BASED_WRAP with adapter: mote; got SIZE_BASED_WRAP, "
             "which also picks lists of layers, and those cannot be sharded. Change it."
         )
-    for key in ("load_in_4bit", "load_in_8bit"):
+    if options.get("offload_params"):
+        raise ValueError(
+            "fsdp_config.offload_params must not be true with adapter: mote; got true. Untested with step routing. Use "
+            "DeepSpeed ZeRO-3 with offload."
+        )
+    for key, reason in _REFUSED_WITH_FSDP.items():
         if cfg.get(key):
-            raise ValueError(
-                f"{key} must not be set with fsdp_config and adapter: mote; got true. Sharded quantized weights are "
-                "untested with step routing. Use DeepSpeed ZeRO-3."
-            )
+            raise ValueError(f"{key} must not be set with fsdp_config and adapter: mote; got {cfg[key]!r}. {reason}")
 
 
 def _evaluates_adapter_folder(cfg: dict[str, Any]) -> bool:

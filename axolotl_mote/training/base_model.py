@@ -9,6 +9,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from axolotl_mote.training.compat import uses_fsdp
+
 LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
 
 
@@ -51,6 +53,11 @@ def prepare_base(model: Any, cfg: Any, step_dropout: Sequence[float]) -> Any:
     key = "load_in_4bit" if cfg.load_in_4bit else "load_in_8bit" if cfg.load_in_8bit else None
     if key and getattr(model, "quantization_method", None) is None:
         raise ValueError(f"{key} must quantize the base model; got one in {model.dtype}. Remove the key.")
+    if uses_fsdp() and (kind := getattr(model, "quantization_method", None)) is not None:
+        raise ValueError(
+            f"base_model must not be quantized with fsdp_config and adapter: mote; got {kind}. Sharded quantized "
+            "weights are untested with step routing. Use DeepSpeed ZeRO-3, or a base in full precision."
+        )
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         raise ValueError(
             "The model must be on one device per process with adapter: mote; got it spread over several by axolotl. "

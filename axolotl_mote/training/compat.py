@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -179,7 +181,44 @@ class WholeAdapters:
     """
 
     model: nn.Module
+    accelerator: Any
     is_fsdp_enabled: bool
+
+    def check_fsdp(self) -> None:
+        """Check what shards the model, however it was launched, and have it sum gradients in float32.
+
+        Works around: accelerate averages them in the type of the computation, and casts what each layer gives to it.
+        Upstream: accelerate/utils/dataclasses.py, ``FullyShardedDataParallelPlugin.set_mixed_precision``.
+
+        Raises:
+            ValueError: If it is FSDP1.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return
+        if plugin.fsdp_version != 2:
+            raise ValueError(
+                f"fsdp_version must be 2 with chain data; got {plugin.fsdp_version} from the launcher. FSDP1 is not "
+                "supported. Set fsdp_version: 2 and fsdp_config in the YAML file."
+            )
+        if plugin.mixed_precision_policy is not None:
+            import torch
+
+            policy = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a model that training has sharded.
+
+        Raises:
+            ValueError: If nothing has: accelerate shards a model only together with its optimizer.
+        """
+        if self.is_fsdp_enabled and not is_sharded(self.model):
+            raise ValueError(
+                "fsdp_config must not be set to evaluate alone; got it, and a model that no training has sharded. "
+                "Remove fsdp_config and fsdp_version for `axolotl evaluate`."
+            )
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter; every process must call it."""
@@ -192,6 +231,7 @@ class WholeAdapters:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
+            self._check_optimizer_file(resume_from_checkpoint)
             load_whole_adapter(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
@@ -202,6 +242,41 @@ class WholeAdapters:
         else:
             super()._load_best_model()  # type: ignore[misc]
 
+    def _check_optimizer_file(self, folder: str) -> None:
+        kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        wanted = "optimizer.bin" if "FULL" in kind else "optimizer_0"
+        found = sorted(path.name for path in Path(folder).glob("optimizer*"))
+        if found and wanted not in found:  # none: the checkpoint was saved without, on purpose
+            raise ValueError(
+                f"resume_from_checkpoint must hold the optimizer's state as this run keeps it, {wanted}; got "
+                f"{', '.join(found)} in {folder}. Set deepspeed, fsdp_config and its state_dict_type as they were, or "
+                "start from the weights alone with lora_model_dir."
+            )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model.
+
+    Works around: a compiled model hides what it wraps.
+    Upstream: torch/_dynamo/eval_frame.py, ``OptimizedModule``.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Put every parameter back that FSDP2 holds whole, and in the type of the computation, after a forward.
+
+    Works around: with ``reshard_after_forward: false`` it does so before a state dict is made, and otherwise never.
+    Upstream: torch/distributed/fsdp/_fully_shard/_fsdp_state.py.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
 
 def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters of a model that FSDP2 has sharded, gathered; every process must call it.
@@ -211,6 +286,7 @@ def whole_adapter(model: nn.Module) -> dict[str, Tensor]:
     """
     from torch.distributed.tensor import DTensor
 
+    reshard(model)
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -224,7 +300,11 @@ _CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
 def load_whole_adapter(model: nn.Module, folder: str) -> None:
-    """Load what ``whole_adapter`` gave from a checkpoint; every process must call it, the first one reads the file."""
+    """Load what ``whole_adapter`` gave from a checkpoint; every process must call it, the first one reads the file.
+
+    Raises:
+        ValueError: On every process, if the file does not hold exactly the tensors of the adapter.
+    """
     import torch
     import torch.distributed as dist
     from peft import get_peft_model_state_dict
@@ -232,15 +312,28 @@ def load_whole_adapter(model: nn.Module, folder: str) -> None:
     from safetensors.torch import load_file
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    saved = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)) if dist.get_rank() == 0 else None
+    reshard(model)
     trained = {name.replace(_CHECKPOINTED, ""): one for name, one in model.named_parameters() if one.requires_grad}
+    expected = cast(dict[str, DTensor], get_peft_model_state_dict(model, state_dict=trained))
+    path, first = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), dist.get_rank() == 0
+    saved = load_file(path) if first else {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in expected.items()}
+    differing = [
+        name for name in shapes.keys() | saved.keys() if name not in saved or saved[name].shape != shapes.get(name)
+    ]
+    said = [sorted(differing) if first else []]
+    dist.broadcast_object_list(said, src=0)
+    if said[0]:
+        raise ValueError(
+            f"a checkpoint must hold exactly the tensors of the adapter; got {len(said[0])} missing, unknown or of "
+            f"another shape in {path} ({said[0][0]}). Use the steps, ranks and layers that it was trained with."
+        )
     with torch.no_grad():
-        for name, parameter in get_peft_model_state_dict(model, state_dict=trained).items():
-            sharded = cast(DTensor, parameter)
-            whole = torch.empty(sharded.shape, dtype=sharded.dtype, device=sharded.device)
-            if saved is not None:
+        for name, parameter in expected.items():
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            if first:
                 whole.copy_(saved[name])
-            sharded.copy_(distribute_tensor(whole, sharded.device_mesh, sharded.placements))
+            parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
 
 
 def save_whole_adapters() -> None:

@@ -18,7 +18,7 @@ from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.adapter import mote_model
 from axolotl_mote.model.loss import Targets, build_targets, scored_positions, step_sums, token_losses, weighted_loss
 from axolotl_mote.model.routing import step_ids_from_tokens
-from axolotl_mote.training.compat import OwnLoss, WholeAdapters, local_values
+from axolotl_mote.training.compat import OwnLoss, WholeAdapters, local_values, reshard
 
 Batch = dict[str, Any]
 
@@ -56,6 +56,7 @@ class MoteTrainer(OwnLoss, WholeAdapters, AxolotlTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.check_fsdp()
         self._mote = mote_model(self.model)
         if self._mote is not None:
             self.data_collator = ScoredCollator(self.data_collator)
@@ -185,6 +186,7 @@ class MoteTrainer(OwnLoss, WholeAdapters, AxolotlTrainer):
 
     def _check_weights(self) -> None:
         """Check the trained weights on all ranks. A loss alone may be infinite under fp16, whose scaler skips it."""
+        reshard(self.model)
         trained = [local_values(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
         # Offloaded parts are on the CPU, where NCCL sums nothing.
         broken = torch.stack([(~torch.isfinite(values).all()).to(self.args.device) for values in trained]).sum()

@@ -27,8 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class Workshop:
     """Writes configurations and runs axolotl in a folder."""
 
-    def __init__(self, folder: Path, model: Path, chains: Path, repo: Path) -> None:
-        self.folder, self.model, self.chains, self.repo = folder, model, chains, repo
+    def __init__(self, folder: Path, model: Path, chains: Path, repo: Path, tied_model: Path | None = None) -> None:
+        self.folder, self.model, self.chains, self.repo, self.tied_model = folder, model, chains, repo, tied_model
 
     def config(self, name: str, **changes: Any) -> Path:
         """Write a configuration; a value of None removes the key."""
@@ -136,14 +136,23 @@ class Workshop:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Path:
     """A random two-layer Llama in float32 with SmolLM2's tokenizer; its table has no room for markers."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), smollm2_dir, tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Path:
+    """The same with one table for both ends."""
+    return write_tiny_model(tmp_path_factory.mktemp("tied"), smollm2_dir, tied=True)
+
+
+def write_tiny_model(folder: Path, tokenizer: Path, tied: bool) -> Path:
     from kit import tiny_model
     from transformers import AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("tiny")
-    model = tiny_model(49152, tied=False, hidden=64, initializer_range=0.02)
+    model = tiny_model(49152, tied=tied, hidden=64, initializer_range=0.02)
     model.config.update({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -167,8 +176,10 @@ def twelve_chains(tmp_path_factory: pytest.TempPathFactory, seed_chains: Path) -
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, twelve_chains: Path, repo: Path) -> Workshop:
-    return Workshop(tmp_path_factory.mktemp("runs"), tiny_model, twelve_chains, repo)
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tied_model: Path, twelve_chains: Path, repo: Path
+) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("runs"), tiny_model, twelve_chains, repo, tied_model)
 
 
 JOBS: dict[str, Callable[[Workshop, Runs], Any]] = {}
@@ -217,6 +228,11 @@ def reference(workshop: Workshop, runs: Runs) -> Path:
 def accumulated(workshop: Workshop, runs: Runs) -> Path:
     """As the reference, two micro-batches a step."""
     return workshop.train("accumulated", gradient_accumulation_steps=2)
+
+
+@job
+def tied(workshop: Workshop, runs: Runs) -> Path:
+    return workshop.train("tied", base_model=str(workshop.tied_model))
 
 
 @job

@@ -55,6 +55,13 @@ def test_two_processes_equal_one(runs: Any, workshop: Any, monkeypatch: pytest.M
     assert largest_difference(runs.get("reference"), found) < TOLERANCE
 
 
+@pytest.mark.needs("tied")
+def test_tied_tables_stay_tied(runs: Any, workshop: Any, tied_model: Path) -> None:
+    options = fsdp("FULL", cpu_ram_efficient_loading=True)
+    found = workshop.train("tied_sharded", processes=2, base_model=str(tied_model), **options)
+    assert largest_difference(runs.get("tied"), found) < TOLERANCE
+
+
 @pytest.mark.needs("reference")
 @pytest.mark.parametrize(("state", "auto"), [("FULL", True), ("SHARDED", False)])
 def test_killed_processes_resume(runs: Any, workshop: Any, state: str, auto: bool) -> None:
@@ -93,4 +100,5 @@ def test_weights_that_are_no_numbers_end_training_on_every_process(workshop: Any
     )
     assert result.returncode != 0
     assert "learning_rate must keep the weights finite" in result.log
-    assert not list(Path(workshop.output("diverged")).glob("checkpoint-*/adapter_model.safetensors"))
+    saved = workshop.output("diverged").rglob("adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for path in saved for tensor in load_file(path).values())

@@ -209,6 +209,18 @@ def test_a_split_sequence_or_layer_is_refused(key: str) -> None:
             r"^fsdp_version must be 2 with adapter: mote; got 1\. .*fsdp_version: 2",
         ),
         (
+            {"fsdp_version": 2, "fsdp_config": {"fsdp_version": 1}},
+            r"^fsdp_version must be 2 with adapter: mote; got 2 and 1\.",
+        ),
+        (
+            {"fsdp_version": 2, "fsdp_config": {"offload_params": True}},
+            r"^fsdp_config\.offload_params must not be true",
+        ),
+        (
+            {"fsdp_config": {"version": "2"}, "generate_samples": True},
+            r"^generate_samples must not be set with fsdp_config",
+        ),
+        (
             {"fsdp_version": 2, "fsdp_config": {"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}},
             r"^fsdp_config\.auto_wrap_policy must be TRANSFORMER_BASED_WRAP .*; got SIZE_BASED_WRAP",
         ),
