@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -58,8 +59,13 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], l
     return plugins
 
 
-def test_zero3(open_session: Open, repo: Path) -> None:
-    session = open_session(processes=2, deepspeed=str(repo / "example_configs" / "deepspeed" / "zero3.json"))
+ZERO3 = {"deepspeed": str(Path(__file__).parents[2] / "example_configs" / "deepspeed" / "zero3.json")}
+FSDP2 = {"fsdp_version": 2, "fsdp_config": {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}}
+
+
+@pytest.mark.parametrize("sharding", [ZERO3, FSDP2], ids=["ZeRO-3", "FSDP2"])
+def test_processes_that_shard(open_session: Open, sharding: dict[str, Any]) -> None:
+    session = open_session(processes=2, **sharding)
     found = list(run_lines(session, ["processes", "sharding"]))
     assert [finding.verdict for finding in found] == [OK, OK], [finding.text for finding in found]
 
