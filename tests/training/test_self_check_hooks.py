@@ -1,4 +1,4 @@
-"""When training runs the self-check: at load, or under ZeRO-3 when it begins; never if it is switched off."""
+"""When training runs the self-check: at load, or under ZeRO-3 and FSDP2 when it begins; never if it is switched off."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for kind in ("check_training", "check_generation"):
 
-        def check(model: Any, kind: str = kind) -> None:
+        def check(model: Any, forward: Any = None, *, kind: str = kind) -> None:
+            assert forward is (model if selfcheck.uses_fsdp() and kind == "check_training" else None)
             found.append((kind, torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None))
 
         monkeypatch.setattr(selfcheck, kind, check)
@@ -51,6 +52,16 @@ def test_under_zero3_it_waits_for_training_to_begin(checked: list[Any], monkeypa
     (callback,) = selfcheck.callbacks(cfg)
     callback.on_train_begin(None, None, None, model=mote())
     assert checked == [("check_training", torch.bfloat16)]
+
+
+def test_under_fsdp_it_runs_the_model_that_is_sharded(checked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    selfcheck.self_check(config(), mote(), inference=False)
+    assert checked == []
+    (callback,) = selfcheck.callbacks(config())
+    callback.on_train_begin(None, None, None, model=mote())
+    selfcheck.self_check(config(), mote(), inference=True)  # nothing is sharded there
+    assert checked == [("check_training", None), ("check_generation", None)]
 
 
 def test_it_can_be_switched_off(checked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
