@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from axolotl_mote.doctor.lines import FAILED, NOT_APPLICABLE, OK, Finding, NotTestedError
-from axolotl_mote.doctor.session import Session
+from axolotl_mote.doctor.session import SHARDING, Session
 from axolotl_mote.doctor.trained import (
     WEIGHTS,
     comparable_steps,
@@ -25,7 +25,6 @@ from axolotl_mote.doctor.trained import (
     unmoved,
 )
 
-_SHARDING = ("deepspeed", "fsdp_config", "fsdp_version", "fp32_norms", "fp32_norm_classes")
 _START = 600.0  # seconds that processes may take to start, beside ten times what one process trains
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Exit)\b.*)$", re.MULTILINE)
@@ -89,7 +88,7 @@ def _launch(session: Session) -> Path:
     reference = reference_run(session)
     steps, accumulation = comparable_steps(session)
     schedule = {"max_steps": steps, "gradient_accumulation_steps": accumulation}
-    sharding = {key: session.raw.get(key) for key in _SHARDING}
+    sharding = {key: session.raw.get(key) for key in SHARDING}
     file = session.write("processes", session.comparable() | schedule | sharding)
     log = session.folder / "processes.log"
     with _port() as port, log.open("wb") as out:

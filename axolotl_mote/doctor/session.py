@@ -29,15 +29,18 @@ from axolotl_mote.training.selfcheck import precision
 
 T = TypeVar("T")
 
+SHARDING = ("deepspeed", "fsdp_config", "fsdp_version", "fp32_norms", "fp32_norm_classes")
+"""Keys that have several processes share the parameters; one process alone cannot have them."""
+
 # What reports to others, evaluates, stops early or continues an older run.
 _REMOVED = (
+    *SHARDING,
     *("test_datasets", "eval_strategy", "eval_steps", "evals_per_epoch", "eval_sample_packing", "saves_per_epoch"),
     *("save_steps", "save_total_limit", "save_only_model", "load_best_model_at_end", "metric_for_best_model"),
     *("early_stopping_patience", "generate_samples", "do_causal_lm_eval", "resume_from_checkpoint"),
     *("auto_resume_from_checkpoints", "hub_model_id", "hub_strategy", "push_to_hub", "use_ray", "max_steps"),
     *("batch_size", "profiler_steps", "use_tensorboard", "val_set_size"),
-    *("deepspeed", "fsdp_config", "fsdp_version", "dp_shard_size", "dp_replicate_size"),
-    *("fp32_norms", "fp32_norm_classes"),
+    *("dp_shard_size", "dp_replicate_size"),
 )
 _REPORTERS = ("wandb", "mlflow", "comet", "trackio", "swanlab", "otel", "gradio")
 

@@ -295,3 +295,11 @@ def test_a_plain_lora_is_not_exported(tmp_path):
     folder, _ = plain_lora(tmp_path)
     with pytest.raises(ValueError, match="adapter must have peft_type MOTE; got LORA at"):
         export_adapter(folder, tmp_path / "exported")
+
+
+def test_a_codec_is_kept_between_answers_until_the_tokenizer_changes() -> None:
+    model, tokenizer = tiny_mote()
+    kept = codec_for(model, tokenizer)
+    assert codec_for(model, tokenizer) is kept
+    tokenizer.chat_template += " "
+    assert codec_for(model, tokenizer) is not kept
