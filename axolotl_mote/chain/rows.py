@@ -78,6 +78,19 @@ def check_messages(messages: Any) -> list[str]:
     return faults
 
 
+class SeenIds:
+    """Which ids of a data set have been seen, and in which row."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, int] = {}
+
+    def add(self, number: int, row_id: Any) -> list[str]:
+        """Faults of a row's id, as those of ``check_row``: none, or that an earlier row has it; None is no id."""
+        if row_id is None or (first := self._first.setdefault(str(row_id), number)) == number:
+            return []
+        return [f"id must be unique; got {row_id!r} again, first at row {first}. Drop one."]
+
+
 def check_rows(rows: Iterable[tuple[int, Any]], steps: Sequence[str], where: str) -> None:
     """Check all rows and report every fault at once.
 
@@ -90,14 +103,16 @@ def check_rows(rows: Iterable[tuple[int, Any]], steps: Sequence[str], where: str
         ChainDataError: If any row has a fault; the message names row, field and remedy.
     """
     faults: list[str] = []
-    first_seen: dict[str, int] = {}
+    ids = SeenIds()
     for number, row in rows:
         if isinstance(row, RowFault):
-            faults.append(f"row {number}: {row}")
-            continue
-        faults += [f"row {number}: {fault}" for fault in check_row(row, steps)]
-        row_id = row.get("id") if isinstance(row, Mapping) else None
-        if row_id is not None and first_seen.setdefault(str(row_id), number) != number:
-            first = first_seen[str(row_id)]
-            faults.append(f"row {number}: id must be unique; got {row_id!r} again, first at row {first}. Drop one.")
+            found = [str(row)]
+        else:
+            found = check_row(row, steps) + ids.add(number, row.get("id") if isinstance(row, Mapping) else None)
+        faults += [f"row {number}: {fault}" for fault in found]
+    raise_row_faults(faults, where)
+
+
+def raise_row_faults(faults: Sequence[str], where: str) -> None:
+    """Raise a ``ChainDataError`` with all faults of a data set, each as "row 3: ...", if there are any."""
     raise_faults(faults, f"{where} holds {{faults}}; nothing was trained.", ChainDataError)

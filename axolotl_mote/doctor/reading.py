@@ -99,7 +99,8 @@ def _encoded(session: Session) -> Iterator[tuple[str, list[int], list[set[str]]]
             if isinstance(rows, dict):
                 rows = rows[entry.split if entry.split in rows else "train"]
             where, columns = str(entry.path), Columns.of(entry)
-            ids = encode_rows(rows, codec, where, cfg.dataset_num_proc, columns=columns)["input_ids"]
+            encoded, _ = encode_rows(rows, codec, where, cfg.dataset_num_proc, columns=columns)
+            ids = encoded["input_ids"]
             steps = [{codec.steps[kinds[token] - 1] for token in row if kinds.get(token, 0) > 0} for row in ids]
             yield where, [len(row) for row in ids], steps
 

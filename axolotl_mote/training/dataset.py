@@ -8,20 +8,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import pyarrow.compute as pc
 from jinja2 import TemplateError
+from tqdm import tqdm
 
 from axolotl_mote.chain.codec import ChainCodec
-from axolotl_mote.chain.rows import ChainDataError, check_rows
+from axolotl_mote.chain.rows import ChainDataError, SeenIds, check_row, check_rows, raise_row_faults
 from axolotl_mote.chain.steps import chain_form
 from axolotl_mote.chain.templates import open_block, way_to_close
-from axolotl_mote.files import raise_faults, read_jsonl
+from axolotl_mote.files import read_jsonl
 from axolotl_mote.training.args import read_options
 
 LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its handlers print it
+
+_SOON = 3
+"""Seconds after which a check shows its progress."""
 
 _COLORS = ("default", "yellow", "cyan", "green", "magenta", "blue", "red")
 
@@ -95,7 +101,8 @@ def check_file(path: Path, steps: Sequence[str], columns: Columns = PLAIN_COLUMN
     rows = iter(_read_json_list(path)) if _holds_list(path) else read_jsonl(path)  # the latter line by line
     if (first := next(rows, None)) is None:
         raise ChainDataError(f"{path} must hold at least one chain; got none. Add rows.")
-    check_rows(((number, columns.read(row)) for number, row in chain([first], rows)), steps, f"{path}{columns}")
+    shown = tqdm(chain([first], rows), desc=f"Checking {path.name}", unit=" rows", delay=_SOON)
+    check_rows(((number, columns.read(row)) for number, row in shown), steps, f"{path}{columns}")
 
 
 def _holds_list(path: Path) -> bool:
@@ -194,26 +201,23 @@ def encode_dataset(
     Raises:
         ChainDataError: If a row has a fault, or if no chain is short enough.
     """
-    encoded = encode_rows(dataset, codec, where, process_count, keep_in_memory, columns)
-    forms = Counter(chain_form(step for step in codec.steps if (row.get(step) or "").strip()) for row in dataset)
-    kept = encoded.filter(
-        lambda ids: len(ids) <= sequence_len, input_columns="input_ids", keep_in_memory=keep_in_memory
-    )
-    dropped = len(encoded) - len(kept)
+    encoded, forms = encode_rows(dataset, codec, where, process_count, keep_in_memory, columns)
+    lengths = pc.list_value_length(encoded.data.column("input_ids")).to_numpy()
+    short = np.flatnonzero(lengths <= sequence_len)
+    dropped = len(encoded) - len(short)
     if dropped:
         LOG.warning(
             "%s: dropped %d of %d chains longer than sequence_len %d.", where, dropped, len(encoded), sequence_len
         )
-    if not len(kept):
-        longest = max((len(ids) for ids in encoded["input_ids"]), default=0)
+    if not len(short):
         raise ChainDataError(
             f"sequence_len must fit at least one chain of {where}; got {sequence_len}, all {dropped} chains are longer "
-            f"(the longest has {longest} tokens). Raise sequence_len."
+            f"(the longest has {lengths.max()} tokens). Raise sequence_len."
         )
     LOG.info(
-        "%s: kept %d of %d chains; chain forms of all: %s", where, len(kept), len(encoded), dict(forms.most_common())
+        "%s: kept %d of %d chains; chain forms of all: %s", where, len(short), len(encoded), dict(forms.most_common())
     )
-    return kept
+    return encoded.select(short, keep_in_memory=keep_in_memory) if dropped else encoded
 
 
 def encode_rows(
@@ -223,16 +227,15 @@ def encode_rows(
     process_count: int | None = None,
     keep_in_memory: bool = False,
     columns: Columns = PLAIN_COLUMNS,
-) -> Any:
+) -> tuple[Any, Counter[str]]:
     """Check and encode all rows of a data set, whatever their length; the arguments are those of ``encode_dataset``.
 
     Returns:
-        A data set of ``input_ids``, ``attention_mask`` and ``labels``, N rows.
+        A data set of ``input_ids``, ``attention_mask`` and ``labels``, N rows, and how many have each chain form.
 
     Raises:
         ChainDataError: If there are no rows, or one has a fault.
     """
-    check_rows(enumerate(map(columns.read, dataset), start=1), codec.steps, f"{where}{columns}")
     if not len(dataset):
         raise ChainDataError(f"{where} must hold at least one chain; got none. Add rows.")
     encoded = dataset.map(
@@ -242,17 +245,27 @@ def encode_rows(
         keep_in_memory=keep_in_memory,
         desc="Encoding chains",
     )
-    refused = [f"row {number}: {fault}" for number, fault in enumerate(encoded["fault"], start=1) if fault]
-    raise_faults(refused, f"{where} holds {{faults}}; nothing was trained.", ChainDataError)
-    return encoded.remove_columns("fault")
+    ids = dataset["id"] if "id" in dataset.column_names else repeat(None, len(dataset))
+    seen, faults = SeenIds(), []
+    for number, (found, row_id) in enumerate(zip(encoded.data.column("faults").to_pylist(), ids, strict=True), start=1):
+        of_row = seen.add(number, row_id) + (json.loads(found) if found else [])
+        faults += [f"row {number}: {fault}" for fault in of_row]
+    raise_row_faults(faults, f"{where}{columns}")
+    forms = Counter(encoded.data.column("form").to_pylist())
+    return encoded.remove_columns(["faults", "form"]), forms
 
 
 def _encode_row(row: Mapping[str, Any], codec: ChainCodec, columns: Columns) -> dict[str, Any]:
-    """An encoded row, or why the chat template refuses it."""
-    try:
-        return {**codec.encode_chain(columns.read(row)), "fault": ""}
-    except ValueError as error:
-        return {"input_ids": [0], "attention_mask": [0], "labels": [0], "fault": str(error)}  # of the usual types
+    """An encoded row with its chain form, or its faults as JSON; always of the same types."""
+    chain_row = columns.read(row)
+    faults = check_row(chain_row, codec.steps)
+    if not faults:
+        try:
+            form = chain_form(step for step in codec.steps if (row.get(step) or "").strip())
+            return {**codec.encode_chain(chain_row), "faults": "", "form": form}
+        except ValueError as error:  # the chat template refuses it
+            faults = [str(error)]
+    return {"input_ids": [0], "attention_mask": [0], "labels": [0], "faults": json.dumps(faults), "form": ""}
 
 
 def show_routing(codec: ChainCodec, input_ids: Sequence[int]) -> None:

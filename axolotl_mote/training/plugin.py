@@ -11,6 +11,7 @@ from typing import Any
 
 from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from filelock import FileLock
 
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.steps import markers
@@ -91,13 +92,28 @@ class MotePlugin(BasePlugin):
         return [AdapterCapabilities(name="mote", lora_like=True, relora=False)]
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
-        """Check local chain files before axolotl reads them, so that faults name their rows."""
+        """Check local chain files before axolotl reads them, so that faults name their rows; once, not on all ranks."""
+        entries = chain_entries(cfg)
+        if not entries:
+            return
         from axolotl_mote.training.dataset import Columns, check_file
 
-        for entry in chain_entries(cfg).values():
-            for path in _named_paths(entry):
-                if path.is_file() and path.suffix in (".json", ".jsonl"):
-                    check_file(path, read_options(cfg).steps, Columns.of(entry))
+        steps = read_options(cfg).steps
+        files = [
+            (path, Columns.of(entry))
+            for entry in entries.values()
+            for path in _named_paths(entry)
+            if path.is_file() and path.suffix in (".json", ".jsonl")
+        ]
+        prepared = Path(cfg.dataset_prepared_path)  # named after the content of the files
+        prepared.mkdir(parents=True, exist_ok=True)
+        checked = hashlib.sha256(repr((steps, [(str(path.resolve()), columns) for path, columns in files])).encode())
+        record = prepared / f"checked-{checked.hexdigest()[:12]}"
+        with FileLock(record.with_suffix(".lock")):
+            if not record.exists():
+                for path, columns in files:
+                    check_file(path, steps, columns)
+                record.touch()
 
     def get_lora_config_kwargs(self, cfg: Any) -> dict[str, Any]:
         """For the plain LoRA baseline: have PEFT train the rows of the marker tokens."""

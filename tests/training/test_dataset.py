@@ -14,6 +14,7 @@ from template_kit import ASK, STEPS, build_codec, row
 
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.rows import ChainDataError
+from axolotl_mote.training.args import CHAIN_TYPE
 from axolotl_mote.training.dataset import Columns, check_file, encode_dataset, show_routing
 
 DictDefault = pytest.importorskip("axolotl.utils.dict").DictDefault
@@ -236,6 +237,70 @@ def test_the_rows_of_any_data_set_are_checked(codec: ChainCodec) -> None:
         "row 3: messages[0].role",
     ):
         assert part in str(error.value)
+
+
+def test_workers_change_nothing(codec: ChainCodec) -> None:
+    """Neither do rows that come in another order than they are stored in."""
+    from datasets import Dataset
+
+    rows = [row(id=str(number), response="word " * (number % 5 + 1)) for number in range(40)]
+    data = Dataset.from_list(rows).select(range(39, -1, -1))
+    limit = len(codec.encode_chain(rows[3])["input_ids"])
+    alone, shared = (encode_dataset(data, codec, limit, process_count=count) for count in (None, 2))
+    expected = [codec.encode_chain(one) for one in rows[::-1] if int(one["id"]) % 5 < 4]
+    assert alone.to_list() == shared.to_list() == expected
+
+    rows[5]["id"], rows[30]["response"] = "4", ""
+    data, said = Dataset.from_list(rows).select(range(39, -1, -1)), []
+    for count in (None, 2):
+        with pytest.raises(ChainDataError) as error:
+            encode_dataset(data, codec, limit, process_count=count)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+    for part in ("2 faults", "row 10: response must", "row 36: id must be unique; got '4' again, first at row 35"):
+        assert part in said[0]
+
+
+def test_a_file_is_checked_once_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl_mote.training import dataset
+    from axolotl_mote.training.plugin import MotePlugin
+
+    checked: list[str] = []
+
+    def counting(path: Path, steps: Sequence[str], columns: Columns) -> None:
+        check_file(path, steps, columns)
+        checked.append(path.name)
+
+    monkeypatch.setattr(dataset, "check_file", counting)
+    monkeypatch.chdir(tmp_path)
+
+    def load(entry: dict[str, Any], **changes: Any) -> int:
+        """Register and load as every process of a run does; returns how many files were checked."""
+        checked.clear()
+        cfg = DictDefault(
+            {
+                "adapter": "mote",
+                "lora_r": 4,
+                "lora_target_linear": True,
+                "datasets": [{"type": CHAIN_TYPE, **entry}],
+                **changes,
+            }
+        )
+        plugin = MotePlugin()
+        plugin.register(cfg)
+        plugin.load_datasets(cfg)
+        return len(checked)
+
+    entry = as_jsonl(tmp_path, [row()])
+    assert [load(entry), load(entry)] == [1, 0]
+    assert load({**entry, "roles": {"user": ["human"]}}) == 1
+    assert load(entry, mote={"steps": STEPS[1:]}) == 1
+    as_jsonl(tmp_path, [row(response="other")])
+    assert [load(entry), load(entry)] == [1, 0]
+    as_jsonl(tmp_path, [row(response="")])
+    for _ in range(2):  # a fault is never remembered as checked
+        with pytest.raises(ChainDataError):
+            load(entry)
 
 
 def test_long_chains_are_dropped_and_counted_never_cut(codec: ChainCodec, caplog: pytest.LogCaptureFixture) -> None:
