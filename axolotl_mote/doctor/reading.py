@@ -1,9 +1,11 @@
-"""Lines about what is read before a model is: versions, the configuration, the data, the markers."""
+"""Lines about what is read before a model is: versions, the model's family, the configuration, data, markers."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -38,6 +40,34 @@ def check_versions(session: Session) -> Finding:
         if untested
         else Finding(OK, said)
     )
+
+
+def check_family(session: Session) -> Finding:
+    """What the support matrix, which ships with this package, says of the model's family."""
+    matrix = json.loads(files(__package__).joinpath("families.json").read_text(encoding="utf-8"))
+    cfg = session.cfg
+    # The text model inside one that also reads images has a line of its own.
+    named = [name for name in (cfg.model_config_type_text, cfg.model_config_type) if name]
+    family = next((name for name in named if name in matrix["families"]), str(named[-1]))
+    tried = ", ".join(f"{name} {number}" for name, number in matrix["versions"].items())
+    if family not in matrix["families"]:
+        return Finding(NOT_TESTED, f"{family} is not in the support matrix, which is of {tried}")
+    cells = dict(zip(matrix["columns"], matrix["families"][family], strict=True))
+    used = {"training": "base_model"}
+    if any(session.options.dropout_probabilities):
+        used["step dropout"] = "mote.step_dropout"
+    if cfg.sample_packing:
+        used["packing"] = "sample_packing"
+    if key := next((key for key in ("load_in_4bit", "load_in_8bit") if cfg[key]), None):
+        used["quantized base"] = key
+    said = f"{family}, tiny and random with {tried}: " + ", ".join(f"{name} {cell}" for name, cell in cells.items())
+    refused = [key for name, key in used.items() if cells[name] == "refused"]
+    if refused:
+        return Finding(FAILED, said, refused[0])
+    inexact = [name for name in used if cells[name] != "right"]
+    if inexact:
+        return Finding(NOT_TESTED, f"{said}; the lines below decide about {', '.join(inexact)}")
+    return Finding(OK, said)
 
 
 def check_configuration(session: Session) -> Finding:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from axolotl_mote.doctor.lines import LINES, NOT_APPLICABLE, NOT_TESTED, OK
+from axolotl_mote.doctor.lines import FAILED, LINES, NOT_APPLICABLE, NOT_TESTED, OK
 from axolotl_mote.doctor.run import CHECKS, run_lines
 from axolotl_mote.doctor.session import Session
 
@@ -34,3 +34,23 @@ def test_half_precision_and_quantized_bases(open_session: Callable[..., Session]
     for finding in found:
         print(f"{finding.line:14} {finding.verdict:14} {finding.seconds:5.1f} {finding.text}")
     assert {finding.line: finding.verdict for finding in found} == dict.fromkeys(lines, OK)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "verdict", "key", "said"),
+    [
+        ("llama", {}, OK, None, "llama, tiny and random with transformers"),
+        ("bamba", {}, FAILED, "mote.step_dropout", "step dropout refused"),
+        ("bamba", {"mote": {"step_dropout": 0.0}}, OK, None, "packing base"),
+        ("biogpt", {"sample_packing": True}, NOT_TESTED, None, "the lines below decide about packing"),
+        ("mine", {}, NOT_TESTED, None, "mine is not in the support matrix, which is of transformers"),
+    ],
+)
+def test_the_matrix_says_what_is_known_of_a_family(
+    open_session: Callable[..., Session], family: str, changes: dict[str, Any], verdict: str, key: str, said: str
+) -> None:
+    session = open_session(**changes)
+    session.cfg.model_config_type = family
+    (found,) = run_lines(session, ["family"])
+    assert (found.verdict, found.key) == (verdict, key), found.text
+    assert said in found.text

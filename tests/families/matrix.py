@@ -1,7 +1,8 @@
 """All oracles on all families: `python tests/families/matrix.py [FAMILY ...]`, and the page that shows the outcomes.
 
 Every family runs in a process of its own, with a time limit, and leaves ``outputs/families/FAMILY.json``; ``--page``
-writes docs/support-matrix.md from all of them. The exit status is 1 if anything is WRONG or RAW.
+writes docs/support-matrix.md from all of them, and what the doctor knows of it. The exit status is 1 if anything is
+WRONG or RAW.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from axolotl_mote.model.selfcheck import check_generation  # noqa: E402
 
 RESULTS = REPO / "outputs" / "families"
 PAGE = REPO / "docs" / "support-matrix.md"
+RECORD = REPO / "axolotl_mote" / "doctor" / "families.json"
 SECONDS = 60  # of the processor, for one family
 PATIENCE = 900  # seconds until a family that does nothing counts as hanging, on a busy machine too
 PROCESSES = 2
@@ -227,13 +229,27 @@ def page(results: dict[str, dict[str, Outcome]]) -> str:
         rows.append(f"| {family} | " + " | ".join(_shown(one, family, notes) for one in shown.values()) + " |")
     summary = ", ".join(f"{counts[kind]} {_WORDS[kind]}" for kind in _ORDER if counts[kind])
     introduction = _INTRODUCTION.format(
-        **{name: version(name) for name in ("transformers", "peft")},
-        torch=version("torch").split("+")[0],
+        **_versions(),
         tolerance=oracles.TOLERANCE,
         counts=f"{len(results)} families, each counted by its worst cell: {summary}.",
     )
     listed = [f"{number}. {note}" for note, number in notes.items()]
     return introduction + "\n".join([*rows, "", "## Notes", "", *listed]) + "\n"
+
+
+def record(results: dict[str, dict[str, Outcome]]) -> str:
+    """The same as JSON, without the notes: one family a line."""
+    words = {kind: word.strip("*") for kind, word in _WORDS.items()}
+    families = {
+        family: [words[_column(cells, *names).kind] for names in COLUMNS.values()] for family, cells in results.items()
+    }
+    lines = ",\n".join(f"  {json.dumps(family)}: {json.dumps(found)}" for family, found in families.items())
+    head = f' "versions": {json.dumps(_versions())},\n "columns": {json.dumps(list(COLUMNS))},\n'
+    return f'{{\n{head} "families": {{\n{lines}\n }}\n}}\n'
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name).split("+")[0] for name in ("transformers", "peft", "torch")}
 
 
 _ORDER = ("WRONG", "RAW", "not built", "refused", "base", "right")
@@ -266,7 +282,7 @@ def main() -> int:
     """Examine families, print the faults, write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", default=FAMILIES, metavar="FAMILY")
-    parser.add_argument("--page", action="store_true", help="write docs/support-matrix.md from all results so far")
+    parser.add_argument("--page", action="store_true", help="write the page and its record from all results so far")
     arguments = parser.parse_args()
     unknown = set(arguments.families) - set(FAMILIES)
     if unknown:
@@ -282,6 +298,7 @@ def main() -> int:
     print(", ".join(f"{count} {kind}" for kind, count in counts.most_common()))
     if arguments.page:
         PAGE.write_text(page(results), encoding="utf-8")
+        RECORD.write_text(record(results), encoding="utf-8")
     return int(any(counts[kind] for kind in FAULTS))
 
 

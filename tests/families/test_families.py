@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
-from matrix import FAULTS, examine, page
+from matrix import FAULTS, PAGE, RECORD, examine, page, record
 from oracles import TOLERANCE, Outcome, judge
 from tiny import OVERRIDES, tiny_model
 
@@ -92,12 +94,24 @@ def test_the_page_says_why() -> None:
     refused = Outcome("refused", "mote.step_dropout must be 0 in zamba. Set it.")
     right = Outcome("right", difference=0.0)
     names = ["loss", "dropout padded", "packing", "cache", "quantized", "export"]
-    text = page(
-        {
-            "zamba": dict.fromkeys(names, right) | {"dropout padded": refused},
-            "blt": {"build": Outcome("not built", "no")},
-        }
-    )
+    results = {
+        "zamba": dict.fromkeys(names, right) | {"dropout padded": refused},
+        "blt": {"build": Outcome("not built", "no")},
+    }
+    text = page(results)
     assert "| zamba | right | refused [1] | right | right | right | right |" in text
     assert "| blt | not tested [2] |" in text
     assert "1. mote.step_dropout must be 0 in this model. Set it." in text
+    assert json.loads(record(results))["families"] == {
+        "zamba": ["right", "refused", *["right"] * 4],
+        "blt": ["not tested"] * 6,
+    }
+
+
+def test_the_doctor_knows_what_the_page_says() -> None:
+    known, text = json.loads(RECORD.read_text(encoding="utf-8")), PAGE.read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["family", *known["columns"]]
+    said = {family: [re.sub(r" \[\d+\]$", "", cell).strip("*") for cell in cells] for family, *cells in rows[2:]}
+    assert said == known["families"]
+    assert all(f"{name} {number}" in text for name, number in known["versions"].items())
