@@ -116,6 +116,7 @@ class Session:
     def __init__(self, config: Path, folder: Path, steps: int = 4, processes: int = 2) -> None:
         if find_spec("axolotl") is None:
             raise ModuleNotFoundError("No module named 'axolotl'", name="axolotl")
+        os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")  # these runs are no trainings to count
         self.config, self.folder, self.steps, self.processes = config, folder, steps, processes
         self.environment = dict(os.environ)  # of launched processes: before axolotl adds to it
         self.gpus = torch.cuda.device_count()  # does not start CUDA
