@@ -41,12 +41,12 @@ def _composed(word: str) -> str:
 
 
 class SimilarTexts:
-    """Finds an earlier text that is nearly the same, in a time that hardly depends on how many there are.
+    """Finds an earlier text that is nearly the same, in a time that is bounded however many there are.
 
     Two texts are nearly the same if the Jaccard similarity of their sets of character 5-grams, normalized, reaches the
     threshold. Where a text has a context, such as the turns before it, the contexts must be nearly the same, too: what
     they share does not make the texts alike. Texts that differ only in case and punctuation always match. The decision
-    is exact but for 64-bit hashes of the 5-grams.
+    is exact but for 64-bit hashes of the 5-grams, and for the bound of ``jaccard.MOST_READ``.
 
     Args:
         threshold: Jaccard similarity from which two texts count as the same; None: only identical texts do.
