@@ -109,8 +109,10 @@ class Workshop:
         Command(args, self.folder / name / "train.log", self.repo).wait().ok()
         return self.output(name)
 
-    def train_killed_and_resumed(self, name: str, processes: int = 1, auto: bool = False, **changes: Any) -> Path:
-        """Train 3 steps, kill the processes after the checkpoint, resume and train 3 more."""
+    def train_killed_and_resumed(
+        self, name: str, processes: int = 1, auto: bool = False, then: dict[str, Any] | None = None, **changes: Any
+    ) -> Path:
+        """Train 3 steps, kill the processes after the checkpoint, resume as `then` says, and train 3 more."""
         if processes > 1:
             changes = {"micro_batch_size": 1, **changes}
         changes |= {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 20}
@@ -125,7 +127,8 @@ class Workshop:
         assert not (self.output(name) / "adapter_model.safetensors").exists()
         assert [path.name for path in self.output(name).glob("checkpoint-*")] == ["checkpoint-3"]
         resume = {"auto_resume_from_checkpoints": True} if auto else {"resume_from_checkpoint": str(checkpoint)}
-        log = self.run("train", name, processes=processes, **changes, **resume).ok().log
+        changes |= {"processes": processes, **resume, **(then or {})}
+        log = self.run("train", name, **changes).ok().log
         assert log.count("'loss':") == 3, f"the run did not go on at step 4; the log ends with\n{log[-3000:]}"
         return self.output(name)
 

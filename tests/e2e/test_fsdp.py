@@ -62,11 +62,18 @@ def test_tied_tables_stay_tied(runs: Any, workshop: Any, tied_model: Path) -> No
     assert largest_difference(runs.get("tied"), found) < TOLERANCE
 
 
-@pytest.mark.needs("reference")
-@pytest.mark.parametrize(("state", "auto"), [("FULL", True), ("SHARDED", False)])
-def test_killed_processes_resume(runs: Any, workshop: Any, state: str, auto: bool) -> None:
-    found = workshop.train_killed_and_resumed(f"resumed_{state}", processes=2, auto=auto, **fsdp(state))
-    assert largest_difference(runs.get("reference"), found) < TOLERANCE
+FOUR_THEN_TWO = {"processes": 4, "then": {"processes": 2, "gradient_accumulation_steps": 2}}
+
+
+@pytest.mark.needs("reference", "accumulated")
+@pytest.mark.parametrize(
+    ("state", "like", "how"),
+    [("FULL", "reference", {"auto": True, "processes": 2}), ("SHARDED", "accumulated", FOUR_THEN_TWO)],
+)
+def test_killed_processes_resume(runs: Any, workshop: Any, state: str, like: str, how: dict[str, Any]) -> None:
+    """On as many processes, or on half of them with twice the micro-batches."""
+    found = workshop.train_killed_and_resumed(f"resumed_{state}", **how, **fsdp(state))
+    assert largest_difference(runs.get(like), found) < TOLERANCE
     whole = {name: tensor.shape for name, tensor in load_file(found / "adapter_model.safetensors").items()}
     saved = load_file(found / "checkpoint-3" / "adapter_model.safetensors")
     assert {name: tensor.shape for name, tensor in saved.items()} == whole
