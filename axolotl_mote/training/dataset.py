@@ -245,7 +245,7 @@ def encode_rows(
         keep_in_memory=keep_in_memory,
         desc="Encoding chains",
     )
-    ids = dataset["id"] if "id" in dataset.column_names else repeat(None, len(dataset))
+    ids = dataset["id"][:] if "id" in dataset.column_names else repeat(None, len(dataset))
     seen, faults = SeenIds(), []
     for number, (found, row_id) in enumerate(zip(encoded.data.column("faults").to_pylist(), ids, strict=True), start=1):
         of_row = seen.add(number, row_id) + (json.loads(found) if found else [])
