@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv model quickstart test test-fast fuzz check format docs docs-site tutorial bench gpu-bench decode-bench \
-        server-bench build-bench options-bench gpu-session data-bench soak stats-bench gpu-check two-hosts families compat compat-newest package selfalign clean
+        server-bench build-bench near-duplicates-bench options-bench gpu-session data-bench soak stats-bench gpu-check two-hosts families compat compat-newest package selfalign clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -218,6 +218,10 @@ server-bench: $(MODEL)/config.json ## Builds against a real server: 1 against 16
 
 build-bench: $(STAMP) ## A build of 100,000 questions without a model: seconds and memory
 	$(BIN)/python tests/bench/build_memory.py $(ARGS)
+
+near-duplicates-bench: $(STAMP) ## The near-duplicate search over 100,000 texts of two kinds: seconds and memory
+	$(BIN)/python tests/bench/near_duplicates.py $(ARGS)
+	$(BIN)/python tests/bench/near_duplicates.py --kind "few words" $(ARGS)
 
 options-bench: $(MODEL)/config.json ## Two steps with each axolotl option by itself
 	$(BIN)/python tests/bench/options.py $(ARGS)

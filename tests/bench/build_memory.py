@@ -3,10 +3,7 @@
     python tests/bench/build_memory.py [QUESTIONS] [DEDUPLICATE]
 
 Every answer is checked and half of the first answers are unsafe, so a question takes 3.5 calls on average. DEDUPLICATE
-is the build file's key; ``null``, the default here, leaves the near-duplicate search out of the build. The search has
-figures of its own: as many texts that share an instruction before 30 words (questions) or a paragraph after 60 words
-(answers). Its cost grows with how often the same words come back: these come from 300 words, far fewer than any
-language has.
+is the build file's key; ``null``, the default here, leaves the near-duplicate search out: near_duplicates.py times it.
 """
 
 from __future__ import annotations
@@ -26,7 +23,6 @@ from axolotl_mote.builder.clients import server
 from axolotl_mote.builder.clients.calls import BudgetMeter, Call, Completion
 from axolotl_mote.builder.run import build
 from axolotl_mote.builder.settings import ServerModel, Settings, Stage
-from axolotl_mote.builder.texts.similarity import SimilarTexts
 
 WORDS = [
     f"{a}{b}{c}" for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u") for c in ("", "la", "ren", "st", "mok")
@@ -65,31 +61,13 @@ def write_questions(path: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def search_near_duplicates(count: int) -> None:
-    """Look up and add texts that share a part, and print the CPU time."""
-    shared = text(0, 60)
-    for kind, words, form in (("an instruction", 30, "{shared} {own}"), ("a paragraph", 60, "{own}. {shared}")):
-        texts, found, used = SimilarTexts(0.8), 0, time.process_time()
-        for number in range(count):
-            own = form.format(shared=shared, own=text(number + 1, words))
-            if texts.find(own):
-                found += 1
-            else:
-                texts.add(str(number), own)
-        print(
-            f"near-duplicate search: {count} texts that share {kind}, {found} found, "
-            f"{time.process_time() - used:.0f} s of CPU",
-            flush=True,
-        )
-
-
 def peak() -> float:
     """Peak memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def main(count: int, deduplicate: float | None) -> None:
-    """Build, resume, search for near-duplicates, and print what each took."""
+    """Build, resume, and print what each took."""
     logging.disable(logging.WARNING)
     server.ServerClient = StandIn  # type: ignore[assignment, misc]
     with tempfile.TemporaryDirectory(dir=".") as name:  # on a real disk: /tmp may be memory
@@ -116,7 +94,6 @@ def main(count: int, deduplicate: float | None) -> None:
                 f"{peaks[0]:.0f} MiB once the questions were read, {peak():.0f} MiB at the end",
                 flush=True,
             )
-    search_near_duplicates(count)
 
 
 if __name__ == "__main__":
