@@ -255,7 +255,10 @@ class MotePlugin(BasePlugin):
         return []
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Write the model card over axolotl's own, which it writes between the two calls of this hook."""
+        """Write the model card over axolotl's own, which it writes between the two calls of this hook.
+
+        The adapter is saved between them too, so a card that cannot be written is only warned of.
+        """
         folder = Path(cfg.output_dir)
         if cfg.adapter != "mote" or os.environ.get("RANK", "0") != "0" or not (folder / "adapter_config.json").exists():
             return
@@ -266,7 +269,10 @@ class MotePlugin(BasePlugin):
         # Not from the file where it can be helped: the first process of another node may be writing it again.
         tuner = None if model is None else mote_model(model)
         config = MoteConfig.from_pretrained(folder) if tuner is None else tuner.routing.config
-        write_card(folder, cfg, config, read_options(cfg))
+        try:
+            write_card(folder, cfg, config, read_options(cfg))
+        except OSError as error:
+            LOG.warning("The model card was not written: %s.", error)
 
 
 def _uses_mote_or_chains(cfg: Any) -> bool:

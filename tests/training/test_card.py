@@ -84,3 +84,14 @@ def test_the_card_does_not_read_a_file_that_another_node_may_be_writing(tmp_path
     cfg = DictDefault(CFG | {"adapter": "mote", "output_dir": str(tmp_path)})
     MotePlugin().post_train(cfg, mote())
     assert "rank of one expert | 2 " in (tmp_path / "README.md").read_text()
+
+
+def test_a_card_that_cannot_be_written_does_not_cost_the_adapter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """axolotl saves it after the first call of the hook."""
+    (tmp_path / "adapter_config.json").write_text("")
+    (tmp_path / "README.md").mkdir()
+    with caplog.at_level("WARNING", "axolotl.mote"):
+        MotePlugin().post_train(DictDefault(CFG | {"adapter": "mote", "output_dir": str(tmp_path)}), mote())
+    assert f"The model card was not written: [Errno 21] Is a directory: '{tmp_path}" in caplog.text
