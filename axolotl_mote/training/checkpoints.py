@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-_STATE = "trainer_state.json"
+STATE = "trainer_state.json"
 """What transformers writes last."""
 
 _ARCHIVES = (".pt", ".pth", ".bin")
@@ -31,13 +31,13 @@ def checkpoint_fault(folder: Path) -> str | None:
 
     Nothing is unpickled. Files that were not written at all are noticed by ``trainer_state.json``, which comes last.
     """
-    state = folder / _STATE
+    state = folder / STATE
     try:
         step = json.loads(state.read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return f"{_STATE} is {'torn' if state.is_file() else 'missing'}"
+        return f"{STATE} is {'torn' if state.is_file() else 'missing'}"
     if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.name != f"checkpoint-{step}":
-        return f"{_STATE} is of step {step}"
+        return f"{STATE} is of step {step}"
     for path in sorted(file for file in folder.rglob("*") if file.is_file()):
         name = path.relative_to(folder)
         if path.suffix in _ARCHIVES and not zipfile.is_zipfile(path) and _begins(path) != _OLD_PICKLE:

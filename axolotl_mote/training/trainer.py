@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from axolotl_mote.chain.vocabulary import StepVocabulary
 from axolotl_mote.model.adapter import mote_model
 from axolotl_mote.model.loss import Targets, build_targets, scored_positions, step_sums, token_losses, weighted_loss
 from axolotl_mote.model.routing import step_ids_from_tokens
+from axolotl_mote.training.checkpoints import STATE
 from axolotl_mote.training.compat import OwnLoss, WholeAdapters, local_values, reshard
 
 Batch = dict[str, Any]
@@ -179,10 +181,15 @@ class MoteTrainer(OwnLoss, WholeAdapters, AxolotlTrainer):
         self._check_weights()  # axolotl saves the adapter next
         return output
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save the adapter, once its weights are known to be numbers: a checkpoint may replace the last good one."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter, once its weights are known to be numbers: a checkpoint may replace the last good one.
+
+        A checkpoint that an earlier run left in its place stops being whole here, before its files are replaced.
+        """
         self._check_weights()
-        super().save_model(*args, **kwargs)
+        if _internal_call and output_dir and self.args.should_save:
+            Path(output_dir, STATE).unlink(missing_ok=True)
+        super().save_model(output_dir, _internal_call)
 
     def _check_weights(self) -> None:
         """Check the trained weights on all ranks. A loss alone may be infinite under fp16, whose scaler skips it."""
