@@ -2,6 +2,7 @@
 
 The modules, each importing only those before it:
 
+    output       the folder that a run saves to
     compat       every patch and private name of axolotl, accelerate and DeepSpeed
     args         the `mote:` block, and the keys that do not work with it
     base_model   the base model: quantization, attention, compilation

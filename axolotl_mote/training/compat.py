@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from axolotl_mote.training.output import full_disk_named
 from axolotl_mote.versions import private_names
 
 # --- axolotl: loading -----------------------------------------------------------------------------------------------
@@ -169,6 +170,37 @@ class OwnLoss:
 
 def _no_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     return labels.new_zeros(())
+
+
+class NamedFullDisk:
+    """Mixin for a trainer: a checkpoint that finds no room says so.
+
+    Works around: transformers, tokenizers, safetensors and torch each raise an error of their own, without a path.
+    Upstream: transformers/trainer.py, ``Trainer._save_checkpoint``.
+    """
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+        with full_disk_named(Path(self.args.output_dir, folder)):  # type: ignore[attr-defined]
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+
+def name_full_disk_at_the_end() -> None:
+    """Have axolotl say so too when the adapter finds no room at the end; ``undo_patches`` reverts it.
+
+    Works around: the trainer takes no part in saving it.
+    Upstream: axolotl/train.py, ``save_trained_model``.
+    """
+    with private_names():
+        from axolotl import train
+
+        save = train.save_trained_model
+
+    def save_trained_model(cfg: Any, *args: Any, **kwargs: Any) -> None:
+        with full_disk_named(Path(cfg.output_dir)):
+            save(cfg, *args, **kwargs)
+
+    _patch(train, "save_trained_model", save_trained_model)
 
 
 class WholeAdapters:

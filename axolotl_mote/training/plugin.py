@@ -27,6 +27,7 @@ from axolotl_mote.training.compat import (
     find_embedding_layers,
     find_linear_layers,
     gathered,
+    name_full_disk_at_the_end,
     save_whole_adapters,
     trains_alone_on_cpu,
     undo_patches,
@@ -34,6 +35,7 @@ from axolotl_mote.training.compat import (
     uses_zero3,
 )
 from axolotl_mote.training.hosts import check_hosts
+from axolotl_mote.training.output import check_output
 from axolotl_mote.training.template import fix_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
@@ -54,6 +56,8 @@ class MotePlugin(BasePlugin):
             return
         options = MoteOptions(**(cfg.get("mote") or {}))
         check(cfg)
+        if cfg.get("output_dir"):
+            check_output(Path(cfg["output_dir"]))
         if cfg.get("adapter") == "mote":
             if not cfg.get("inference"):
                 _warn_of_plain_rows(cfg)
@@ -126,6 +130,7 @@ class MotePlugin(BasePlugin):
         """Choose the checkpoint that the run resumes from, before axolotl takes the one with the highest number."""
         if _uses_mote_or_chains(cfg) and not cfg.inference:
             choose_checkpoint(cfg)
+            name_full_disk_at_the_end()
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Keep axolotl from resizing the embeddings: the rows of the markers are in the adapter."""

@@ -20,7 +20,7 @@ from axolotl_mote.model.adapter import mote_model
 from axolotl_mote.model.loss import Targets, build_targets, scored_positions, step_sums, token_losses, weighted_loss
 from axolotl_mote.model.routing import step_ids_from_tokens
 from axolotl_mote.training.checkpoints import STATE
-from axolotl_mote.training.compat import OwnLoss, WholeAdapters, local_values, reshard
+from axolotl_mote.training.compat import NamedFullDisk, OwnLoss, WholeAdapters, local_values, reshard
 
 Batch = dict[str, Any]
 
@@ -39,7 +39,7 @@ class ScoredCollator:
         return batch
 
 
-class MoteTrainer(OwnLoss, WholeAdapters, AxolotlTrainer):
+class MoteTrainer(OwnLoss, WholeAdapters, NamedFullDisk, AxolotlTrainer):
     """axolotl's trainer with MoTE's loss and metrics.
 
     The plugin sets the attributes below on a subclass: axolotl creates the trainer, so no argument can carry them.

@@ -126,9 +126,18 @@ def test_the_trainer_has_the_methods_that_are_replaced() -> None:
     assert parameters(AxolotlTrainer.compute_loss) == parameters(Trainer.compute_loss) == expected
     assert "metric_key_prefix" in parameters(Trainer.evaluation_loop)
     assert parameters(Trainer.save_model) == ["self", "output_dir", "_internal_call"]
+    assert parameters(AxolotlTrainer._save_checkpoint)[:3] == parameters(Trainer._save_checkpoint)
+    assert "self.save_model(output_dir, _internal_call=True)" in inspect.getsource(Trainer._save_checkpoint)
     assert parameters(AxolotlTrainer._save) == ["self", "output_dir", "state_dict"]
     assert parameters(Trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
     assert parameters(Trainer._load_best_model) == ["self"]
+
+
+def test_axolotl_saves_the_adapter_through_a_function_that_is_replaced() -> None:
+    from axolotl import train
+
+    assert parameters(train.save_trained_model) == ["cfg", "trainer", "model"]
+    assert "    save_trained_model(cfg, trainer, model)" in inspect.getsource(train.train)
 
 
 def test_axolotl_saves_the_adapter_of_sharded_runs_through_a_function_that_is_replaced() -> None:
