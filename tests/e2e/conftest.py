@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -322,6 +324,11 @@ def kernel_refused(workshop: Workshop, runs: Runs) -> Result:
 
 
 @job
+def unwritable(workshop: Workshop, runs: Runs) -> Result:
+    return workshop.run("train", "unwritable", output_dir=str(workshop.chains / "out"))
+
+
+@job
 def bad_rows(workshop: Workshop, runs: Runs) -> Result:
     path = workshop.folder / "bad.jsonl"
     good = workshop.chains.read_text(encoding="utf-8").splitlines()[0]
@@ -343,6 +350,50 @@ def resumed_before_a_torn_checkpoint(workshop: Workshop, runs: Runs) -> Result:
     torn = workshop.output(name) / "checkpoint-4" / "optimizer.pt"
     torn.write_bytes(torn.read_bytes()[:-100])
     return workshop.run("train", name, auto_resume_from_checkpoints=True, **changes).ok()
+
+
+@job
+def interrupted(workshop: Workshop, runs: Runs) -> list[str]:
+    """What three runs log: SIGTERM ends the first in the middle of checkpoint-4, SIGKILL the next in the last save.
+
+    A pipe in the place of a file holds the process that opens it to write.
+    """
+    name, out, logs = "interrupted", workshop.output("interrupted"), []
+    changes = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": None, "eval_steps": None}
+    earlier = out / "checkpoint-4"  # of another run, which saved it whole
+    earlier.mkdir(parents=True)
+    (earlier / "trainer_state.json").write_text('{"global_step": 4}', encoding="utf-8")
+    os.mkfifo(earlier / "optimizer.pt")
+    running = workshop.start("train", name, **changes)
+    running.wait_for((earlier / "training_args.bin").is_file)
+    running.signal(signal.SIGTERM)
+    result = running.wait()
+    assert result.returncode == -signal.SIGTERM
+    logs.append(result.log)
+    (earlier / "optimizer.pt").unlink()
+
+    running = workshop.start("train", name, auto_resume_from_checkpoints=True, **changes)
+    running.wait_for(lambda: "'loss':" in running.text())
+    config = out / "adapter_config.json"
+    config.unlink()
+    os.mkfifo(config)
+    running.wait_for((out / "adapter_model.safetensors").is_file)
+    running.kill()
+    logs.append(running.text())
+    config.unlink()
+
+    result = workshop.run("train", name, auto_resume_from_checkpoints=True, **changes).ok()
+    return [*logs, result.log]
+
+
+@job
+def full(workshop: Workshop, runs: Runs) -> Result:
+    """The disk is full at the optimizer's state of the second checkpoint."""
+    checkpoint = workshop.output("full") / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "optimizer.pt").symlink_to("/dev/full")
+    changes = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": None, "eval_steps": None}
+    return workshop.run("train", "full", **changes)
 
 
 @job

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from axolotl_mote.training.checkpoints import checkpoint_fault
+
 from .compare import largest_difference
 
 
@@ -173,13 +175,14 @@ def test_axolotl_inference_answers_through_the_chat_template(runs: Any) -> None:
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("inference_refused", "merge_refused", "kernel_refused", "bad_rows")
+@pytest.mark.needs("inference_refused", "merge_refused", "kernel_refused", "unwritable", "bad_rows")
 @pytest.mark.parametrize(
     ("run", "message"),
     [
         ("inference_refused", r"lora_model_dir must name a trained adapter for inference with adapter: mote; got none"),
         ("merge_refused", r"merge_lora must not be set with adapter: mote; got True\. .*Use `axolotl mote export`"),
         ("kernel_refused", r"lora_mlp_kernel must not be set with adapter: mote; got True\. The fused kernels bypass"),
+        ("unwritable", r"output_dir must be writable; got Not a directory at .*chains\.jsonl\. Set another folder\."),
         (
             "bad_rows",
             r"bad\.jsonl holds 4 faults; nothing was trained(?s:.)*row 2: id must be unique(?s:.)*row 4: the line",
@@ -209,3 +212,22 @@ def test_a_torn_checkpoint_is_not_resumed_from(runs: Any, workshop: Any) -> None
     assert "checkpoint-4 is not resumed from: optimizer.pt is torn." in log
     assert log.count("'loss':") == 4
     assert largest_difference(workshop.output("torn"), runs.get("reference")) < 1e-5
+
+
+@pytest.mark.needs("interrupted", "reference")
+def test_a_run_goes_on_whatever_save_it_was_killed_in(runs: Any, workshop: Any) -> None:
+    logs = runs.get("interrupted")
+    assert "checkpoint-4 is not resumed from: trainer_state.json is missing." in logs[1]
+    assert [log.count("'loss':") for log in logs] == [4, 4, 0]
+    assert largest_difference(workshop.output("interrupted"), runs.get("reference")) < 1e-5
+
+
+@pytest.mark.needs("full")
+def test_a_full_disk_is_named_and_leaves_the_last_checkpoint_whole(runs: Any, workshop: Any) -> None:
+    result, out = runs.get("full"), workshop.output("full")
+    assert result.returncode != 0
+    assert "output_dir must have room for what training saves; got " in result.log
+    assert f" at {out}/checkpoint-2. Free some, and go on from the last whole checkpoint" in result.log
+    assert checkpoint_fault(out / "checkpoint-1") is None
+    assert checkpoint_fault(out / "checkpoint-2") == "trainer_state.json is missing"
+    assert not (out / "adapter_model.safetensors").exists()
