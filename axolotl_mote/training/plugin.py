@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,9 @@ class MotePlugin(BasePlugin):
             write_card(folder, cfg, config, read_options(cfg))
         except OSError as error:
             LOG.warning("The model card was not written: %s.", error)
+        with suppress(OSError):  # none yet, or another user's
+            # safetensors writes for the owner only.
+            (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode)
 
 
 def _uses_mote_or_chains(cfg: Any) -> bool:
