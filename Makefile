@@ -98,8 +98,12 @@ gpu-session: ## On a machine with a GPU: all checks and benchmarks in under 10 m
 gpu-check: $(STAMP) ## The tests that need a GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-two-hosts: $(MODEL)/config.json ## As root: torchrun on two hosts that are namespaces of this one; the cable cut, other data, a rank killed
-	@[ "$$(id -u)" = 0 ] && command -v ip unshare > /dev/null || { echo "two-hosts: SKIPPED, it needs root, ip and unshare" >&2; exit 1; }
+# DeepSpeed's launcher reaches the hosts by ssh, through pdsh.
+two-hosts: $(MODEL)/config.json ## As root: torchrun and DeepSpeed's launcher on two hosts, namespaces of this one; installs openssh-server, pdsh
+	@[ "$$(id -u)" = 0 ] && command -v ip > /dev/null && command -v unshare > /dev/null || { echo "two-hosts: SKIPPED, it needs root, ip and unshare" >&2; exit 1; }
+	@command -v sshd > /dev/null && command -v pdsh > /dev/null \
+	  || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qqy openssh-server pdsh; } > /dev/null \
+	  || echo "two-hosts: DeepSpeed's launcher SKIPPED, openssh-server and pdsh are missing and apt-get did not install them" >&2
 	TWO_HOSTS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/e2e/test_two_hosts.py $(ARGS)
 
 families: $(STAMP) ## All oracles on every family of causal models that transformers knows, and docs/support-matrix.md

@@ -148,10 +148,13 @@ class Command(Run):
         return self.process.poll()
 
     def signal(self, number: int) -> None:
-        """Signal the command and all that it started; torchrun's workers are in sessions of their own."""
+        """Signal the command and all that it started; torchrun's workers are in sessions of their own.
+
+        sshd writes its state over its environment, so the command itself is known by its number.
+        """
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("MOTE_E2E_RUN") == self.token:
+                if process.pid == self.process.pid or process.environ().get("MOTE_E2E_RUN") == self.token:
                     process.send_signal(number)
         if number == signal.SIGKILL:
             self.process.wait()

@@ -1,18 +1,22 @@
 """Two hosts: namespaces of this machine, each with a name, an address and files, and a virtual cable between them.
 
-What is not mounted over is shared, as on a cluster's storage. `make two-hosts` runs it, as root.
+What is not mounted over is shared, as on a cluster's storage. `make two-hosts` runs it, as root. torchrun's agents are
+started on both hosts; DeepSpeed's launcher is started on the first one and reaches both by ssh.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from .commands import BIN, Command
@@ -27,6 +31,18 @@ TOLERANCE = 1e-4
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 STEPS = 400
 SOON = {"ddp_timeout": 30}
+SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin")
+needs_ssh = pytest.mark.skipif(not (SSHD and shutil.which("pdsh")), reason="it needs openssh-server and pdsh")
+SSH_CONFIG = """\
+IdentityFile {home}/key
+UserKnownHostsFile {home}/known_hosts
+StrictHostKeyChecking accept-new
+LogLevel ERROR
+ServerAliveInterval 10
+"""
+LAUNCHERS = ["torchrun", pytest.param("deepspeed", marks=needs_ssh)]
+EXPORTED = "PATH|OMP_NUM_THREADS|HF_HUB_OFFLINE|AXOLOTL_DO_NOT_TRACK|TORCH_EXTENSIONS_DIR|MOTE_E2E_RUN"
+"""What DeepSpeed's launcher sets on all hosts; the last lets a test end what was started by ssh."""
 LONG = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 50}
 
 
@@ -35,48 +51,109 @@ def ip(*words: object) -> None:
 
 
 class Hosts:
-    """Two hosts that are linked."""
+    """Two hosts that are linked; root's home is a folder that both share."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.home = folder, folder / "home"
+        self.servers: list[Command] = []
         self.names = (f"mote{os.getpid()}a", f"mote{os.getpid()}b")
         for name in self.names:
             ip("netns", "add", name)
-        ip("link", "add", "cable0", "netns", self.names[0], "type", "veth", "peer", "cable1", "netns", self.names[1])
-        for number, name in enumerate(self.names):
-            ip("-n", name, "addr", "add", f"{ADDRESSES[number]}/24", "dev", f"cable{number}")
+        ip("link", "add", "cable", "netns", self.names[0], "type", "veth", "peer", "cable", "netns", self.names[1])
+        for name, address in zip(self.names, ADDRESSES, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
             ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", f"cable{number}", "up")
+            ip("-n", name, "link", "set", "cable", "up")
         table = "127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for a, n in zip(ADDRESSES, self.names, strict=True))
         (folder / "hosts").write_text(table)
+        (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in self.names))
+        (folder / "passwd").write_text(Path("/etc/passwd").read_text().replace(":/root:", f":{self.home}:", 1))
+        (self.home / ".ssh").mkdir(parents=True)
+        (self.home / ".ssh" / "config").write_text(SSH_CONFIG.format(home=self.home))
 
     def cut(self) -> None:
         """Cut the cable."""
-        ip("-n", self.names[0], "link", "set", "cable0", "down")
+        ip("-n", self.names[0], "link", "set", "cable", "down")
+
+    def processes(self, number: int) -> list[psutil.Process]:
+        """What runs on a host, however it was started."""
+        listed = subprocess.run(["ip", "netns", "pids", self.names[number]], check=True, capture_output=True, text=True)
+        pids = {int(pid) for pid in listed.stdout.split()}
+        return [process for process in psutil.process_iter(["name", "environ"]) if process.pid in pids]
+
+    def kill_rank(self, number: int) -> None:
+        """Kill the process that trains on a host, and neither its launcher nor the ssh session."""
+        (trains,) = [p for p in self.processes(number) if (p.info["environ"] or {}).get("RANK") == str(number)]
+        trains.kill()
+
+    def wait_until_idle(self, timeout: float = 60) -> None:
+        """Wait until nothing but sshd runs on either host."""
+        end = time.monotonic() + timeout
+        while left := [p for number in range(2) for p in self.processes(number) if p.info["name"] != "sshd"]:
+            assert time.monotonic() < end, f"still running: {left}"
+            time.sleep(0.2)
 
     def close(self) -> None:
-        for name in self.names:
+        for number, name in enumerate(self.names):
+            for process in self.processes(number):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             subprocess.run(["ip", "netns", "del", name], check=False)
+        for server in self.servers:
+            server.kill()
 
-    def start(self, number: int, config: Path, log: Path, cwd: Path, mounts: dict[Path, Path] | None = None) -> Command:
-        """Start torchrun's agent on a host.
+    def start(self, number: int, command: list[Any], log: Path, cwd: Path, mounts: dict[Path, Path]) -> Command:
+        """Start a command on a host.
 
         Args:
             number: Of the host.
-            config: What to train.
+            command: What to start.
             log: Takes what it prints.
             cwd: Working folder.
-            mounts: What this host alone sees in place of other files.
+            mounts: What this command alone sees in place of other files.
         """
-        rendezvous = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", "mote"]
-        rendezvous += ["--rdzv_endpoint", f"{ADDRESSES[0]}:29500", "--local_addr", ADDRESSES[number]]
-        command = [BIN / "axolotl", "train", config, "--launcher", "torchrun", "--", *rendezvous]
-        over = {Path("/etc/hosts"): self.folder / "hosts", **(mounts or {})}
+        over = {Path("/etc/hosts"): self.folder / "hosts", Path("/etc/passwd"): self.folder / "passwd", **mounts}
         script = [f"hostname {self.names[number]}"]
         script += [f"mount --bind {own} {place}" for place, own in over.items()]
-        script += [f"export GLOO_SOCKET_IFNAME=cable{number}", 'exec "$@"']
+        # sshd separates its privileges in /run/sshd.
+        script += ["mount -t tmpfs run /run", "mkdir /run/sshd"]
+        script += ["export GLOO_SOCKET_IFNAME=cable", f"export HOME={self.home}"]
+        script += [f"env | grep -E '^({EXPORTED})=' > {self.home}/.deepspeed_env", 'exec "$@"']
         enter = ["ip", "netns", "exec", self.names[number], "unshare", "-u", "-m", "sh", "-ec", "\n".join(script), "sh"]
         return Command([*enter, *command], log, cwd)
+
+    def torchrun(self, config: Path, cwd: Path, mounts: dict[Path, Path]) -> list[Command]:
+        """Start torchrun's agents, one on each host; the mounts are those of the second."""
+        rendezvous = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", "mote"]
+        rendezvous += ["--rdzv_endpoint", f"{ADDRESSES[0]}:29500", "--local_addr"]
+        command = [BIN / "axolotl", "train", config, "--launcher", "torchrun", "--", *rendezvous]
+        logs = [config.with_name(f"host{number}.log") for number in range(2)]
+        return [self.start(n, [*command, ADDRESSES[n]], logs[n], cwd, mounts if n else {}) for n in range(2)]
+
+    def deepspeed(self, config: Path, cwd: Path, mounts: dict[Path, Path]) -> list[Command]:
+        """Start sshd on both hosts, with the mounts on the second, and DeepSpeed's launcher on the first."""
+        self.serve_ssh(cwd, mounts)
+        launch = [BIN / "deepspeed", "--hostfile", self.folder / "hostfile", "--module", "axolotl.cli.train", config]
+        return [self.start(0, launch, config.with_name("host0.log"), cwd, {})]
+
+    def deepspeed_without_ssh(self, config: Path, cwd: Path, mounts: dict[Path, Path]) -> list[Command]:
+        """Start DeepSpeed's launcher on both hosts; the mounts are those of the second."""
+        launch = [BIN / "deepspeed", "--hostfile", self.folder / "hostfile", "--no_ssh", "--master_addr", ADDRESSES[0]]
+        train = ["--module", "axolotl.cli.train", config]
+        logs = [config.with_name(f"host{number}.log") for number in range(2)]
+        commands = [[*launch, "--node_rank", number, *train] for number in range(2)]
+        return [self.start(n, commands[n], logs[n], cwd, mounts if n else {}) for n in range(2)]
+
+    def serve_ssh(self, cwd: Path, mounts: dict[Path, Path]) -> None:
+        for key in ("key", "host_key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.home / key], check=True)
+        options = [f"HostKey={self.home}/host_key", f"AuthorizedKeysFile={self.home}/key.pub", "StrictModes=no"]
+        options += ["PasswordAuthentication=no", "PidFile=none"]
+        command = [SSHD, "-D", "-e", "-f", "/dev/null", *(word for option in options for word in ("-o", option))]
+        for number in range(2):
+            server = self.start(number, command, self.folder / f"sshd{number}.log", cwd, mounts if number else {})
+            self.servers.append(server)
+            server.wait_for(lambda server=server: "Server listening" in server.text())
 
 
 @pytest.fixture
@@ -94,12 +171,24 @@ def ended_by_itself(result: Any) -> bool:
 
 
 class Pair:
-    """The same training on both hosts."""
+    """The same training on both hosts.
 
-    def __init__(self, hosts: Hosts, workshop: Any, name: str, mounts: dict[Path, Path] | None = None, **changes: Any):
+    Args:
+        mounts: What the second host alone sees in place of other files.
+        launcher: A method of ``Hosts``; torchrun has a log for each host, DeepSpeed's launcher one for both.
+    """
+
+    def __init__(
+        self,
+        hosts: Hosts,
+        workshop: Any,
+        name: str,
+        mounts: dict[Path, Path] | None = None,
+        launcher: str = "torchrun",
+        **changes: Any,
+    ) -> None:
         config = workshop.config(name, micro_batch_size=1, **changes)
-        self.logs = [workshop.folder / name / f"host{number}.log" for number in range(2)]
-        self.runs = [hosts.start(n, config, self.logs[n], workshop.repo, mounts if n else None) for n in range(2)]
+        self.runs = getattr(hosts, launcher)(config, workshop.repo, mounts or {})
 
     def wait(self, timeout: float = 300) -> list[Any]:
         try:
@@ -116,6 +205,24 @@ def test_two_hosts_equal_one_process(hosts: Hosts, runs: Any, workshop: Any) -> 
     for result in Pair(hosts, workshop, "two_hosts").wait():
         result.ok()
     assert largest_difference(runs.get("reference"), workshop.output("two_hosts")) < TOLERANCE
+
+
+def test_deepspeed_without_ssh_equals_one_process(hosts: Hosts, runs: Any, workshop: Any) -> None:
+    for result in Pair(hosts, workshop, "no_ssh", launcher="deepspeed_without_ssh").wait():
+        result.ok()
+    assert largest_difference(runs.get("reference"), workshop.output("no_ssh")) < TOLERANCE
+
+
+@needs_ssh
+@pytest.mark.parametrize("stage", [None, "zero2"])
+def test_two_hosts_by_ssh_equal_one_process(hosts: Hosts, runs: Any, workshop: Any, stage: str | None) -> None:
+    name = f"deepspeed_{stage or 'ddp'}"
+    sharded = {"deepspeed": workshop.deepspeed(stage)} if stage else {}
+    (result,) = Pair(hosts, workshop, name, launcher="deepspeed", **sharded).wait()
+    log = result.ok().log
+    assert all(f"{host}: " in log for host in hosts.names)
+    hosts.wait_until_idle()
+    assert largest_difference(runs.get("reference"), workshop.output(name)) < TOLERANCE
 
 
 def test_other_data_on_one_host_is_refused_by_its_name(hosts: Hosts, workshop: Any, tmp_path: Path) -> None:
@@ -140,20 +247,26 @@ def test_a_host_without_the_data_ends_both(hosts: Hosts, workshop: Any, tmp_path
 
 
 @pytest.mark.parametrize("what", ["cable", "rank"])
-def test_a_cut_ends_both_and_training_resumes(hosts: Hosts, runs: Any, workshop: Any, what: str) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_cut_ends_both_and_training_resumes(hosts: Hosts, runs: Any, workshop: Any, launcher: str, what: str) -> None:
     """Six steps in all, as the reference: those up to a checkpoint before the cut, and the rest in one process."""
-    name = f"cut_{what}"
-    pair = Pair(hosts, workshop, name, **LONG, **SOON)
+    name = f"{launcher}_cut_{what}"
+    pair = Pair(hosts, workshop, name, launcher=launcher, **LONG, **SOON)
     checkpoint = workshop.output(name) / "checkpoint-2"
     pair.wait_for((checkpoint / "trainer_state.json").is_file)
     if what == "cable":
         hosts.cut()
-    else:
+    elif launcher == "torchrun":
         pair.runs[1].kill()
+    else:
+        hosts.kill_rank(1)
     results = pair.wait(240)
     assert ended_by_itself(results[0])
-    # Without the cable, torchrun's agent waits on for the store on the other host; what it had started has ended.
-    assert what == "rank" or re.search(r"\[rank1\]: RuntimeError: .*Timed out waiting 30000ms", results[1].log)
+    if launcher == "deepspeed":
+        hosts.wait_until_idle()
+    elif what == "cable":
+        # torchrun's agent waits on for the store on the other host; what it had started has ended.
+        assert re.search(r"\[rank1\]: RuntimeError: .*Timed out waiting 30000ms", results[1].log)
     assert not (workshop.output(name) / "adapter_model.safetensors").exists()
     for path in workshop.output(name).glob("checkpoint-*"):
         if path != checkpoint:
