@@ -37,11 +37,10 @@ SSH_CONFIG = """\
 IdentityFile {home}/key
 UserKnownHostsFile {home}/known_hosts
 StrictHostKeyChecking accept-new
-LogLevel ERROR
 ServerAliveInterval 10
 """
 LAUNCHERS = ["torchrun", pytest.param("deepspeed", marks=needs_ssh)]
-EXPORTED = "PATH|OMP_NUM_THREADS|HF_HUB_OFFLINE|AXOLOTL_DO_NOT_TRACK|TORCH_EXTENSIONS_DIR|MOTE_E2E_RUN"
+EXPORTED = "PATH|OMP_NUM_THREADS|HF_HUB_OFFLINE|AXOLOTL_DO_NOT_TRACK|DS_ACCELERATOR|TORCH_EXTENSIONS_DIR|MOTE_E2E_RUN"
 """What DeepSpeed's launcher sets on all hosts; the last lets a test end what was started by ssh."""
 LONG = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 50}
 
@@ -68,6 +67,8 @@ class Hosts:
         (folder / "hosts").write_text(table)
         (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in self.names))
         (folder / "passwd").write_text(Path("/etc/passwd").read_text().replace(":/root:", f":{self.home}:", 1))
+        # sshd lets nobody in whose password is locked by "!".
+        (folder / "shadow").write_text("root:*:20000:0:99999:7:::\n")
         (self.home / ".ssh").mkdir(parents=True)
         (self.home / ".ssh" / "config").write_text(SSH_CONFIG.format(home=self.home))
 
@@ -112,7 +113,7 @@ class Hosts:
             cwd: Working folder.
             mounts: What this command alone sees in place of other files.
         """
-        over = {Path("/etc/hosts"): self.folder / "hosts", Path("/etc/passwd"): self.folder / "passwd", **mounts}
+        over = {Path("/etc") / name: self.folder / name for name in ("hosts", "passwd", "shadow")} | mounts
         script = [f"hostname {self.names[number]}"]
         script += [f"mount --bind {own} {place}" for place, own in over.items()]
         # sshd separates its privileges in /run/sshd.
@@ -122,16 +123,20 @@ class Hosts:
         enter = ["ip", "netns", "exec", self.names[number], "unshare", "-u", "-m", "sh", "-ec", "\n".join(script), "sh"]
         return Command([*enter, *command], log, cwd)
 
+    def start_both(self, commands: list[Any], config: Path, cwd: Path, mounts: dict[Path, Path]) -> list[Command]:
+        """Start a command on each host, with a log beside the configuration; the mounts are those of the second."""
+        logs = [config.with_name(f"host{number}.log") for number in range(2)]
+        return [self.start(n, commands[n], logs[n], cwd, mounts if n else {}) for n in range(2)]
+
     def torchrun(self, config: Path, cwd: Path, mounts: dict[Path, Path]) -> list[Command]:
         """Start torchrun's agents, one on each host; the mounts are those of the second."""
         rendezvous = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_id", "mote"]
         rendezvous += ["--rdzv_endpoint", f"{ADDRESSES[0]}:29500", "--local_addr"]
         command = [BIN / "axolotl", "train", config, "--launcher", "torchrun", "--", *rendezvous]
-        logs = [config.with_name(f"host{number}.log") for number in range(2)]
-        return [self.start(n, [*command, ADDRESSES[n]], logs[n], cwd, mounts if n else {}) for n in range(2)]
+        return self.start_both([[*command, address] for address in ADDRESSES], config, cwd, mounts)
 
     def deepspeed(self, config: Path, cwd: Path, mounts: dict[Path, Path]) -> list[Command]:
-        """Start sshd on both hosts, with the mounts on the second, and DeepSpeed's launcher on the first."""
+        """Start DeepSpeed's launcher on the first host; the mounts are those of the second, where ssh leads."""
         self.serve_ssh(cwd, mounts)
         launch = [BIN / "deepspeed", "--hostfile", self.folder / "hostfile", "--module", "axolotl.cli.train", config]
         return [self.start(0, launch, config.with_name("host0.log"), cwd, {})]
@@ -140,11 +145,10 @@ class Hosts:
         """Start DeepSpeed's launcher on both hosts; the mounts are those of the second."""
         launch = [BIN / "deepspeed", "--hostfile", self.folder / "hostfile", "--no_ssh", "--master_addr", ADDRESSES[0]]
         train = ["--module", "axolotl.cli.train", config]
-        logs = [config.with_name(f"host{number}.log") for number in range(2)]
-        commands = [[*launch, "--node_rank", number, *train] for number in range(2)]
-        return [self.start(n, commands[n], logs[n], cwd, mounts if n else {}) for n in range(2)]
+        return self.start_both([[*launch, "--node_rank", n, *train] for n in range(2)], config, cwd, mounts)
 
     def serve_ssh(self, cwd: Path, mounts: dict[Path, Path]) -> None:
+        """Start sshd on both hosts, with keys of their own; the mounts are those of the second."""
         for key in ("key", "host_key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.home / key], check=True)
         options = [f"HostKey={self.home}/host_key", f"AuthorizedKeysFile={self.home}/key.pub", "StrictModes=no"]
@@ -263,6 +267,8 @@ def test_a_cut_ends_both_and_training_resumes(hosts: Hosts, runs: Any, workshop:
     results = pair.wait(240)
     assert ended_by_itself(results[0])
     if launcher == "deepspeed":
+        # ServerAliveInterval lets ssh give the other host up, and the launcher end with it.
+        assert what == "rank" or f"Timeout, server {hosts.names[1]} not responding" in results[0].log
         hosts.wait_until_idle()
     elif what == "cable":
         # torchrun's agent waits on for the store on the other host; what it had started has ended.
