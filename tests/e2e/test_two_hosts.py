@@ -83,9 +83,12 @@ class Hosts:
         return [process for process in psutil.process_iter(["name", "environ"]) if process.pid in pids]
 
     def kill_rank(self, number: int) -> None:
-        """Kill the process that trains on a host, and neither its launcher nor the ssh session."""
-        (trains,) = [p for p in self.processes(number) if (p.info["environ"] or {}).get("RANK") == str(number)]
-        trains.kill()
+        """Kill the process that trains on a host and what it started, and neither its launcher nor the ssh session."""
+        trains = [p for p in self.processes(number) if (p.info["environ"] or {}).get("RANK") == str(number)]
+        assert trains
+        for process in trains:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def wait_until_idle(self, timeout: float = 60) -> None:
         """Wait until nothing but sshd runs on either host."""
