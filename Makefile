@@ -5,7 +5,7 @@ runs    = $(shell $(1) -c 'import sys, venv; print(sys.executable if sys.version
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(call runs,$(name))))
 PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12),$(call runs,$(name))))
 VENV   ?= .venv
-# The release the tests run with. A looser range lets pip pick a CUDA build of several GB where a CPU build would do.
+# The release the tests run with. On Linux, PyPI's is a CUDA build of several GB; docs/getting-started.md says how to avoid it.
 TORCH  ?= torch==2.13.0
 EXTRAS ?= train,build,dev
 
@@ -18,6 +18,10 @@ STAMP  := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 export HF_HUB_OFFLINE = 1
 export AXOLOTL_DO_NOT_TRACK = 1
+# With a CUDA build of torch, DeepSpeed would look for a GPU where there is none.
+ifeq ($(shell command -v nvidia-smi),)
+export DS_ACCELERATOR ?= cpu
+endif
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # What is imported is compiled once, not by every process: pip leaves it uncompiled, since most is never imported.
@@ -52,7 +56,7 @@ $(OUTPUT)/.trained: $(QUICKSTART_INPUTS) $(STAMP) | $(MODEL)/config.json
 	$(BIN)/axolotl train example_configs/quickstart.yml --launcher python  # the default launcher sets one thread
 	@touch $@
 
-test: $(MODEL)/config.json ## Run all tests, the end-to-end ones included
+test: $(MODEL)/config.json ## Run the tests of .venv, the end-to-end ones included; eval-test and serve-test have others
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: $(MODEL)/config.json ## Run the tests that start no axolotl process
@@ -118,7 +122,7 @@ compat: ## Smoke test with Python 3.12 and axolotl 0.21.0; COMPAT=skip leaves it
 	  echo "compat: there is no python3.12 here, so nothing was tested. Set PYTHON312=..., or COMPAT=skip." >&2; exit 1; \
 	fi
 
-# DeepSpeed guesses its accelerator from the installed torch, which is a CUDA build here even on a machine without GPU.
+# DeepSpeed guesses its accelerator from the installed torch, which may be a CUDA build on a machine without GPU.
 .PHONY: compat-run
 compat-run: $(STAMP)
 	$(MAKE) --no-print-directory $(MODEL)/config.json
@@ -192,7 +196,7 @@ judge: $(STAMP) ## Train the refusal judge on labelled answers: make judge DATA=
 	@test -n "$(DATA)" || { echo "judge: DATA must name a JSONL file with prompt, completion and human_label" >&2; exit 1; }
 	$(BIN)/python -m axolotl_mote.evaluation.judges.refusal.training "$(DATA)" --report $(if $(WEIGHTS),--output "$(WEIGHTS)") $(ARGS)
 
-ablations: $(MODEL)/config.json ## The paper's comparisons on the small model, resumable: ARGS="--rows mote,lora-r16 --seeds 0"
+ablations: $(MODEL)/config.json ## The paper's comparisons on the small model, resumable: ARGS="--rows mote,lora-r --seeds 0"
 	$(BIN)/python tests/ablations/run.py $(ARGS)
 
 efficiency: $(MODEL)/config.json ## One masked pass against expanded data sets: FLOPs, time, held-out loss

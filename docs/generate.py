@@ -179,11 +179,26 @@ def table_of(schema: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+REFUSED_VALUES = {
+    "`peft.loftq_config`": "Remove it; QLoRA needs `load_in_4bit` only.",
+    "`peft_init_lora_weights` other than true, false and gaussian": "Remove it.",
+    "`lm_head` and `embed_tokens` in `lora_target_modules`": "They carry the marker rows. Remove them.",
+    "`LMEvalPlugin` with `lm_eval_post_train`, true by default": "lm_eval cannot route by step. Set it to false and "
+    "evaluate the server.",
+    "`fsdp_config` without `fsdp_version: 2`": "Set it.",
+    "`fsdp_config` with `load_in_4bit`, `load_in_8bit` or `offload_params`": "Use DeepSpeed ZeRO-3.",
+    "`fsdp_config` with `generate_samples`": "Remove it.",
+    "`auto_wrap_policy: SIZE_BASED_WRAP`": "Use TRANSFORMER_BASED_WRAP.",
+}
+"""What `check_config` refuses beside whole keys."""
+
+
 def refused_table() -> str:
     rows = ["| key | reason and alternative |", "|---|---|"]
     rows += [f"| `{key}` | {remedy} |" for key, remedy in REFUSED.items()]
     keys = ", ".join(f"`{key}`" for key in REFUSED_ABOVE_ONE)
     rows.append(f"| {keys} above 1 | Split sequences and layers cannot be routed. Use DeepSpeed ZeRO-3 or FSDP2. |")
+    rows += [f"| {what} | {remedy} |" for what, remedy in REFUSED_VALUES.items()]
     return "\n".join(rows)
 
 
@@ -229,7 +244,7 @@ COMBINATIONS = (
         "yes",
         "E",
     ),
-    ("dataset_processes, dataloader_num_workers", "yes", "B"),
+    ("dataset_num_proc, dataloader_num_workers", "yes", "B"),
     ('eval_strategy: "no"', "yes; nothing is evaluated before the first step either", "E, O"),
     ("load_best_model_at_end, early_stopping_patience", "yes; the best checkpoint is loaded at the end", "E"),
     ("neftune_noise_alpha", "yes; every token gets the noise of a plain embedding, markers too", "E, O"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     default="peft",
     show_default=True,
     type=click.Choice(["peft", "vllm"]),
-    help="peft: one plain adapter per step. vllm: base and adapter for `axolotl mote serve`.",
+    help="peft: one plain adapter per step. vllm: base and adapter for `axolotl-mote serve`.",
 )
 @click.option("--merge-shared", is_flag=True, help="Add the shared expert to the base model; step adapters get rank r.")
 @click.option("--no-base", is_flag=True, help="Write the adapters only.")

@@ -27,7 +27,7 @@ LINES: dict[str, str] = {
     "training": "every expert moves in a few steps as configured",
     "resume": "a resumed run ends where one without a break ends",
     "processes": "several processes train what one does",
-    "sharding": "DeepSpeed saves the whole adapter",
+    "sharding": "DeepSpeed or FSDP2 saves the whole adapter",
     "estimate": "memory and speed of a training process",
 }
 """What each line proves, in the order in which they run."""

@@ -57,7 +57,7 @@ def requested_steps(values: Mapping[str, Any]) -> Any:
 def _plan_and_budget(values: Mapping[str, Any], vocabulary: StepVocabulary, max_tokens: int | None) -> tuple[Any, Any]:
     steps, limit, names = values[STEPS], values.get(LIMIT), requested_steps(values)
     if isinstance(names, Sequence) and CHECK in names:
-        raise ValueError("steps must not hold 'check' at a server. Use `axolotl mote generate --check`.")
+        raise ValueError("steps must not hold 'check' at a server. Use `axolotl-mote generate --check`.")
     if not isinstance(names, str) and not (
         isinstance(names, list) and all(isinstance(n, str) for n in names) and names
     ):

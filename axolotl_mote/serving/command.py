@@ -118,7 +118,7 @@ def _check_flags(flags: Iterable[str], in_file: Iterable[str]) -> None:
     """Refuse what would switch routing off, and what vLLM would read as another flag than we do."""
     for flag in sorted(flags):
         if flag in _FIXED:
-            raise ValueError(f"{flag} must be left to `axolotl mote serve`, which sets it. Remove it.")
+            raise ValueError(f"{flag} must be left to `axolotl-mote serve`, which sets it. Remove it.")
         if flag in _BEFORE:
             raise ValueError(f"{flag} must stand before DIR; got it behind. Move it.")
         # argparse takes the beginning of a flag for the flag.
@@ -167,6 +167,6 @@ def _check_folder(folder: Path) -> None:
         form = None
     if form != FORMAT:
         raise ValueError(
-            f"DIR must be a folder that `axolotl mote export --format vllm` wrote; got {folder}. "
+            f"DIR must be a folder that `axolotl-mote export --format vllm` wrote; got {folder}. "
             "Export the adapter first."
         )

@@ -72,7 +72,7 @@ def check_rows(model: Any, route: Route, folder: str) -> None:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     ids = route.vocabulary.marker_ids
-    way_out = "Serve the base that `axolotl mote export --format vllm` wrote for this adapter."
+    way_out = "Serve the base that `axolotl-mote export --format vllm` wrote for this adapter."
     with safe_open(os.path.join(folder, WEIGHTS), framework="pt") as file:
         rows = {name: file.get_tensor(name) for name in file.keys() if MARKER_ROWS in name}  # noqa: SIM118
     if not rows:

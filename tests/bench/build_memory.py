@@ -70,7 +70,9 @@ def main(count: int, deduplicate: float | None) -> None:
     """Build, resume, and print what each took."""
     logging.disable(logging.WARNING)
     server.ServerClient = StandIn  # type: ignore[assignment, misc]
-    with tempfile.TemporaryDirectory(dir=".") as name:  # on a real disk: /tmp may be memory
+    outputs = Path("outputs")  # on a real disk: /tmp may be memory
+    outputs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=outputs) as name:
         folder = Path(name)
         write_questions(folder / "questions.jsonl", count)
         settings = Settings.model_validate(
