@@ -10,8 +10,8 @@ OK, FAILED, NOT_APPLICABLE, NOT_TESTED = "ok", "failed", "not applicable", "not 
 
 LINES: dict[str, str] = {
     "versions": "installed packages are among the tested ones",
-    "family": "the support matrix knows the model's family",
     "config": "axolotl and the plugin accept the configuration",
+    "family": "the support matrix knows the model's family",
     "data": "chains fit into sequence_len, and every step keeps some",
     "markers": "markers survive the tokenizer and the chat template",
     "model": "the base model loads and passes the self-check",

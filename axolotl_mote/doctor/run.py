@@ -12,8 +12,8 @@ from axolotl_mote.doctor.session import Session
 
 CHECKS: dict[str, Callable[[Session], Finding]] = {
     "versions": reading.check_versions,
-    "family": reading.check_family,
     "config": reading.check_configuration,
+    "family": reading.check_family,
     "data": reading.check_data,
     "markers": reading.check_markers,
     **routes.CHECKS,
@@ -23,7 +23,6 @@ CHECKS: dict[str, Callable[[Session], Finding]] = {
 }
 
 _KEYS = {
-    "family": "the configuration",
     "config": "the configuration",
     "data": "datasets",
     "markers": "tokenizer_config",
@@ -60,7 +59,7 @@ def run_lines(
             finding = Finding(NOT_TESTED, str(reason))
         except Exception as error:  # noqa: BLE001  # whatever it is, it is this line's result
             text = _last_line(error)
-            named = _NAMED.search(text) if name in ("config", "family") else None
+            named = _NAMED.search(text) if name == "config" else None
             finding = Finding(FAILED, text, named.group(1) if named else _key_of(name, session))
         finding.line, finding.seconds = name, time.perf_counter() - start
         yield finding

@@ -8,15 +8,16 @@ an upstream name or signature changes. Tested with axolotl 0.19.0 and 0.21.0, ac
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from axolotl_mote.training.output import full_disk_named
+from axolotl_mote.training.output import full_disk_named, share_weights
 from axolotl_mote.versions import private_names
 
 # --- axolotl: loading -----------------------------------------------------------------------------------------------
@@ -185,22 +186,29 @@ class NamedFullDisk:
             super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
 
-def name_full_disk_at_the_end() -> None:
-    """Have axolotl say so too when the adapter finds no room at the end; ``undo_patches`` reverts it.
+def name_full_disk_at_both_ends() -> None:
+    """Have axolotl say so too where it saves itself: the configuration first, the adapter last.
 
-    Works around: the trainer takes no part in saving it.
-    Upstream: axolotl/train.py, ``save_trained_model``.
+    ``undo_patches`` reverts it. The adapter gets the rights of its configuration.
+    Works around: the trainer takes no part in either.
+    Upstream: axolotl/train.py, ``save_initial_configs`` and ``save_trained_model``.
     """
     with private_names():
         from axolotl import train
 
-        save = train.save_trained_model
+        saves = {name: getattr(train, name) for name in ("save_initial_configs", "save_trained_model")}
 
-    def save_trained_model(cfg: Any, *args: Any, **kwargs: Any) -> None:
-        with full_disk_named(Path(cfg.output_dir)):
-            save(cfg, *args, **kwargs)
+    def named(save: Callable[..., None]) -> Callable[..., None]:
+        @wraps(save)
+        def run(cfg: Any, *args: Any, **kwargs: Any) -> None:
+            with full_disk_named(Path(cfg.output_dir)):
+                save(cfg, *args, **kwargs)
+            share_weights(Path(cfg.output_dir))
 
-    _patch(train, "save_trained_model", save_trained_model)
+        return run
+
+    for name, save in saves.items():
+        _patch(train, name, named(save))
 
 
 class WholeAdapters:
@@ -427,6 +435,8 @@ def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
       Upstream: axolotl/loaders/model.py, ``ModelLoader._set_device_map_config``.
     * axolotl shards over accelerators, whatever the machine has, and accelerate does not shard without them.
       Upstream: axolotl/utils/distributed.py, ``build_parallelism_config``; accelerate/state.py, ``AcceleratorState``.
+    * axolotl asks a CUDA build of torch whether GPUs reach each other, where there is no driver.
+      Upstream: axolotl/utils/trainer.py, ``prepare_optim_env``.
     * gloo copies through views of the output, which autograd forbids while ZeRO-1 and 2 gather parameters.
       Upstream: deepspeed/comm/torch.py, ``TorchBackend.all_gather_into_tensor``.
     """
@@ -438,7 +448,9 @@ def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
         return
     with private_names():
         from axolotl.loaders.model import ModelLoader
+        from axolotl.utils import trainer
 
+        _ = trainer.check_cuda_p2p_ib_support
         prepare, place = PartialState._prepare_backend, ModelLoader._set_device_map_config
 
     def prepare_backend(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -452,6 +464,7 @@ def enable_gloo_for_cpu_processes(deepspeed: bool) -> None:
             self.model_kwargs["device_map"] = {"": "cpu"}
 
     _patch(PartialState, "_prepare_backend", prepare_backend)
+    _patch(trainer, "check_cuda_p2p_ib_support", lambda: True)
     build, start = ParallelismConfig.build_device_mesh, AcceleratorState.__init__
 
     def build_device_mesh(self: Any, device_type: str) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +29,9 @@ LOG = logging.getLogger("axolotl.mote")  # below axolotl's logger, so that its h
 
 _SOON = 3
 """Seconds after which a check shows its progress."""
+
+_FAULTS, _FORM = "_mote_faults", "_mote_form"
+"""Columns that hold more than tokens until all rows are encoded."""
 
 _COLORS = ("default", "yellow", "cyan", "green", "magenta", "blue", "red")
 
@@ -239,7 +243,8 @@ def encode_rows(
     if not len(dataset):
         raise ChainDataError(f"{where} must hold at least one chain; got none. Add rows.")
     encoded = dataset.map(
-        partial(_encode_row, codec=codec, columns=columns),
+        # The code is a part of the name under which the result is cached.
+        partial(_encode_row, codec=codec, columns=columns, code=code_digest()),
         remove_columns=dataset.column_names,
         num_proc=process_count,
         keep_in_memory=keep_in_memory,
@@ -247,25 +252,34 @@ def encode_rows(
     )
     ids = dataset["id"][:] if "id" in dataset.column_names else repeat(None, len(dataset))
     seen, faults = SeenIds(), []
-    for number, (found, row_id) in enumerate(zip(encoded.data.column("faults").to_pylist(), ids, strict=True), start=1):
+    for number, (found, row_id) in enumerate(zip(encoded.data.column(_FAULTS).to_pylist(), ids, strict=True), start=1):
         of_row = seen.add(number, row_id) + (json.loads(found) if found else [])
         faults += [f"row {number}: {fault}" for fault in of_row]
     raise_row_faults(faults, f"{where}{columns}")
-    forms = Counter(encoded.data.column("form").to_pylist())
-    return encoded.remove_columns(["faults", "form"]), forms
+    forms = Counter(encoded.data.column(_FORM).to_pylist())
+    return encoded.remove_columns([_FAULTS, _FORM]), forms
 
 
-def _encode_row(row: Mapping[str, Any], codec: ChainCodec, columns: Columns) -> dict[str, Any]:
+def _encode_row(row: Mapping[str, Any], codec: ChainCodec, columns: Columns, code: str) -> dict[str, Any]:
     """An encoded row with its chain form, or its faults as JSON; always of the same types."""
     chain_row = columns.read(row)
     faults = check_row(chain_row, codec.steps)
     if not faults:
         try:
             form = chain_form(step for step in codec.steps if (row.get(step) or "").strip())
-            return {**codec.encode_chain(chain_row), "faults": "", "form": form}
+            return {**codec.encode_chain(chain_row), _FAULTS: "", _FORM: form}
         except ValueError as error:  # the chat template refuses it
             faults = [str(error)]
-    return {"input_ids": [0], "attention_mask": [0], "labels": [0], "faults": json.dumps(faults), "form": ""}
+    return {"input_ids": [0], "attention_mask": [0], "labels": [0], _FAULTS: json.dumps(faults), _FORM: ""}
+
+
+@cache
+def code_digest() -> str:
+    """Digest of the code that decides how rows are encoded: what it has written is used again by it alone."""
+    import axolotl_mote.chain
+
+    files = [Path(__file__), *sorted(Path(axolotl_mote.chain.__file__).parent.glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def show_routing(codec: ChainCodec, input_ids: Sequence[int]) -> None:

@@ -9,10 +9,13 @@ import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+_ELSEWHERE = ("NCCL", "/dev/shm", "http")
+"""Other places that can be full: what a message names with them is not the disk."""
+
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "iostream error")
 """What torch.save says, of the system's reason nothing."""
 
@@ -23,7 +26,9 @@ def check_output(folder: Path) -> None:
     Raises:
         ValueError: If it does not.
     """
-    place = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if str(folder).startswith("~"):  # transformers expands it, axolotl does not
+        raise ValueError(f"output_dir must be a whole path; got {folder}. Write out what ~ stands for.")
+    place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(bytes(4096))
@@ -43,9 +48,19 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not any(reason in str(error) for reason in (*_FULL, *_TORCH_CANNOT_WRITE)):
+        said = [
+            line for line in str(error).splitlines() if any(reason in line for reason in (*_FULL, *_TORCH_CANNOT_WRITE))
+        ]
+        if not said or any(place in str(error) for place in _ELSEWHERE):
             raise
         raise OSError(
-            f"output_dir must have room for what training saves; got {str(error).splitlines()[0]} at {folder}. Free "
-            "some, and go on from the last whole checkpoint with auto_resume_from_checkpoints: true."
+            f"output_dir must have room for what training saves; got {said[0]} at {folder}. Free some, and go on from "
+            "the last whole checkpoint with auto_resume_from_checkpoints: true."
         ) from error
+
+
+def share_weights(folder: Path) -> None:
+    """Let whoever may read an adapter's configuration read its weights: safetensors writes for the owner only."""
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    with suppress(OSError):  # not there, or another user's
+        weights.chmod(config.stat().st_mode)

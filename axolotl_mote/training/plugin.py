@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from filelock import FileLock
 
 from axolotl_mote.chain.codec import ChainCodec
 from axolotl_mote.chain.steps import markers
-from axolotl_mote.files import installed_versions
 from axolotl_mote.training.args import CHAIN_TYPE, MoteOptions, chain_entries, check, data_entries, read_options
 from axolotl_mote.training.base_model import compile_layers, prepare_base, quantize_through_model_kwargs
 from axolotl_mote.training.checkpoints import choose_checkpoint
@@ -28,7 +26,7 @@ from axolotl_mote.training.compat import (
     find_embedding_layers,
     find_linear_layers,
     gathered,
-    name_full_disk_at_the_end,
+    name_full_disk_at_both_ends,
     save_whole_adapters,
     trains_alone_on_cpu,
     undo_patches,
@@ -57,7 +55,7 @@ class MotePlugin(BasePlugin):
             return
         options = MoteOptions(**(cfg.get("mote") or {}))
         check(cfg)
-        if cfg.get("output_dir"):
+        if isinstance(cfg.get("output_dir"), str):  # axolotl refuses what is none
             check_output(Path(cfg["output_dir"]))
         if cfg.get("adapter") == "mote":
             if not cfg.get("inference"):
@@ -131,7 +129,7 @@ class MotePlugin(BasePlugin):
         """Choose the checkpoint that the run resumes from, before axolotl takes the one with the highest number."""
         if _uses_mote_or_chains(cfg) and not cfg.inference:
             choose_checkpoint(cfg)
-            name_full_disk_at_the_end()
+            name_full_disk_at_both_ends()
 
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Keep axolotl from resizing the embeddings: the rows of the markers are in the adapter."""
@@ -279,9 +277,6 @@ class MotePlugin(BasePlugin):
             write_card(folder, cfg, config, read_options(cfg))
         except OSError as error:
             LOG.warning("The model card was not written: %s.", error)
-        with suppress(OSError):  # none yet, or another user's
-            # safetensors writes for the owner only.
-            (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode)
 
 
 def _uses_mote_or_chains(cfg: Any) -> bool:
@@ -330,11 +325,13 @@ def _contents(path: Path) -> list[Path]:
 
 
 def _digest_of_chains(cfg: Any) -> str:
-    """Digest of what prepared chains depend on and axolotl does not look at: this package, and the content of files.
+    """Digest of what prepared chains depend on and axolotl does not look at: our code, and the content of files.
 
     Files are those of the data, of the tokenizer and of the chat template.
     """
-    digest = hashlib.sha256(str(installed_versions(["axolotl-mote"])).encode())
+    from axolotl_mote.training.dataset import code_digest
+
+    digest = hashlib.sha256(code_digest().encode())
     paths = [path for entry in chain_entries(cfg).values() for path in _named_paths(entry)]
     tokenizer = Path(str(cfg.get("tokenizer_config") or cfg.get("base_model")))
     paths += [file for name in TOKENIZER_FILES for file in [tokenizer / name] if file.is_file()]

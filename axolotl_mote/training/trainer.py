@@ -21,6 +21,7 @@ from axolotl_mote.model.loss import Targets, build_targets, scored_positions, st
 from axolotl_mote.model.routing import step_ids_from_tokens
 from axolotl_mote.training.checkpoints import STATE
 from axolotl_mote.training.compat import NamedFullDisk, OwnLoss, WholeAdapters, local_values, reshard
+from axolotl_mote.training.output import share_weights
 
 Batch = dict[str, Any]
 
@@ -190,6 +191,8 @@ class MoteTrainer(OwnLoss, WholeAdapters, NamedFullDisk, AxolotlTrainer):
         if _internal_call and output_dir and self.args.should_save:
             Path(output_dir, STATE).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            share_weights(Path(output_dir or self.args.output_dir))
 
     def _check_weights(self) -> None:
         """Check the trained weights on all ranks. A loss alone may be infinite under fp16, whose scaler skips it."""

@@ -26,23 +26,34 @@ def test_sets_that_just_reach_the_threshold_are_found(stored: Set, asked: Set, c
     assert found.tolist() == list(range(copies))
 
 
-def test_a_search_that_is_cut_short_finds_nearly_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets of 120 out of 2,000 elements: every element is in 6 % of them, so that none is rare."""
+@pytest.mark.parametrize(("universe", "spread", "left"), [(2000, 0.0, 0.2), (300, 0.2, 0.6)])
+def test_a_search_that_is_cut_short_finds_nearly_all(
+    universe: int, spread: float, left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets of elements of which none is rare, of one size or of many."""
     draw = np.random.default_rng(0)
-    sets = [np.sort(draw.choice(2000, 120, replace=False).astype(np.uint64) << np.uint64(44)) for _ in range(4000)]
+
+    def elements_of(count: int) -> Set:
+        return draw.choice(universe, count, replace=False).astype(np.uint64) << np.uint64(44)
+
+    sizes = (universe // 20 * np.exp(draw.uniform(-spread, spread, 4000))).astype(int) + 45
+    sets = [np.sort(elements_of(size)) for size in sizes]
     index = SetIndex(0.8, sets.__getitem__)
     for elements in sets:
         index.add(elements)
-    whole = index.lookup(sets[0])[0]
-    monkeypatch.setattr(module, "MOST_READ", 1500)
-    found = candidates = 0
+    whole = sum(index.lookup(elements)[0] for elements in sets)
+    monkeypatch.setattr(module, "MOST_READ", 1000)
+    found = candidates = total = 0
     for number, elements in enumerate(sets):
-        lacking = elements[draw.permutation(120)[:107]]  # 107 of 120 and 13 others: Jaccard similarity 107/133 = 0.805
-        asked = np.unique(np.r_[lacking, draw.choice(2000, 13).astype(np.uint64) << np.uint64(44)])
+        kept = -(-8 * len(elements) // 9)  # of n elements 8/9, and as many others: Jaccard similarity of 0.8
+        others = np.setdiff1d(elements_of(universe // 2), elements)[: len(elements) - kept]
+        asked = np.sort(np.r_[draw.permutation(elements)[:kept], others])
+        assert jaccard(asked, elements) >= 0.8
         read, search = index.lookup(asked)
-        assert read <= 1500 < whole / 3
+        total += read
         numbers = search()
         candidates += len(numbers)
         found += number in index.possible(asked, numbers)
-    assert found > 0.999 * len(sets)
-    assert candidates < 300 * len(sets)
+    assert total < 0.8 * whole
+    assert found > 0.998 * len(sets)
+    assert candidates < left * len(sets) * len(sets)

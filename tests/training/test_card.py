@@ -95,12 +95,3 @@ def test_a_card_that_cannot_be_written_does_not_cost_the_adapter(
     with caplog.at_level("WARNING", "axolotl.mote"):
         MotePlugin().post_train(DictDefault(CFG | {"adapter": "mote", "output_dir": str(tmp_path)}), mote())
     assert f"The model card was not written: [Errno 21] Is a directory: '{tmp_path}" in caplog.text
-
-
-def test_whoever_reads_the_configuration_may_read_the_weights(tmp_path: Path) -> None:
-    model = mote()
-    model.save_pretrained(tmp_path)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / name).chmod(0o640 if name.endswith("json") else 0o600)
-    MotePlugin().post_train(DictDefault(CFG | {"adapter": "mote", "output_dir": str(tmp_path)}), model)
-    assert (tmp_path / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o640

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,15 @@ pytestmark = pytest.mark.smoke  # against every version that is supported
 ADAPTER = "adapter_model.safetensors"
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
     """The operating system refuses to let any file grow beyond so many bytes, as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:  # pytest itself may write to a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # --- before training ------------------------------------------------------------------------------------------------
@@ -59,10 +64,23 @@ def test_a_file_in_the_place_of_a_folder_is_refused(below: str, tmp_path: Path) 
         check_output(place / below)
 
 
-def test_a_full_disk_is_refused(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
-    full_disk(100)
-    with pytest.raises(ValueError, match=rf"^output_dir must be writable; got File too large at {tmp_path}\."):
+def test_a_full_disk_is_refused(tmp_path: Path) -> None:
+    message = rf"^output_dir must be writable; got File too large at {tmp_path}\."
+    with pytest.raises(ValueError, match=message), full_disk(100):
         check_output(tmp_path / "out")
+
+
+@pytest.mark.parametrize("below", ["", "out"])
+def test_a_link_to_nothing_is_refused(below: str, tmp_path: Path) -> None:
+    place = tmp_path / "link"
+    place.symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=rf"^output_dir must be writable; got No such file or directory at {place}\."):
+        check_output(place / below)
+
+
+def test_a_home_that_only_some_expand_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^output_dir must be a whole path; got ~/out\. Write out what ~ stands for"):
+        check_output(Path("~/out"))
 
 
 def test_the_plugin_refuses_it_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -99,13 +117,10 @@ NO_ROOM = (
 
 
 @pytest.mark.parametrize("size", [100, 9_000])
-def test_a_checkpoint_without_room_is_named(
-    size: int, tmp_path: Path, made: MoteTrainer, full_disk: Callable[[int], None]
-) -> None:
+def test_a_checkpoint_without_room_is_named(size: int, tmp_path: Path, made: MoteTrainer) -> None:
     """The first file does not fit, or the adapter."""
-    full_disk(size)
     folder = tmp_path / "checkpoint-0"
-    with pytest.raises(OSError, match=NO_ROOM.format("File too large", folder)):
+    with pytest.raises(OSError, match=NO_ROOM.format("File too large", folder)), full_disk(size):
         save(made)
     assert checkpoint_fault(folder) == "trainer_state.json is missing"
 
@@ -130,7 +145,7 @@ def test_an_earlier_checkpoint_stays_whole_if_nothing_of_this_step_is_saved(tmp_
     assert checkpoint_fault(tmp_path / "checkpoint-0") is None
 
 
-def test_an_adapter_is_replaced_whole_or_not_at_all(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+def test_an_adapter_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     """transformers asks for the first safetensors that write beside the file and rename."""
     model = mote()
     model.save_pretrained(tmp_path)
@@ -138,10 +153,10 @@ def test_an_adapter_is_replaced_whole_or_not_at_all(tmp_path: Path, full_disk: C
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
-    full_disk((tmp_path / ADAPTER).stat().st_size - 1)
     with (
         pytest.raises(OSError, match=rf"^output_dir must .* got .*File too large .* at {tmp_path}\."),
         full_disk_named(tmp_path),
+        full_disk((tmp_path / ADAPTER).stat().st_size - 1),
     ):
         model.save_pretrained(tmp_path)
     after = load_file(tmp_path / ADAPTER)
@@ -149,22 +164,60 @@ def test_an_adapter_is_replaced_whole_or_not_at_all(tmp_path: Path, full_disk: C
     assert sorted(after) == sorted(before)
 
 
-def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"^CUDA out of memory$"), full_disk_named(tmp_path):
-        raise RuntimeError("CUDA out of memory")
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA out of memory",
+        "NCCL error in: x.cpp:94\nError while creating shared memory: No space left on device",
+        "413 Client Error: File too large for url: https://example.org",
+    ],
+)
+def test_other_errors_stay_as_they_are(said: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(said)) as raised, full_disk_named(tmp_path):
+        raise RuntimeError(said)
+    assert str(raised.value) == said
 
 
-def test_the_adapter_at_the_end_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_that_tells_of_the_disk_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=NO_ROOM.format("disk: No space left", tmp_path)), full_disk_named(tmp_path):
+        raise RuntimeError("cannot write\ndisk: No space left on device")
+
+
+@pytest.mark.parametrize("name", ["save_initial_configs", "save_trained_model"])
+def test_what_axolotl_saves_without_room_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from axolotl import train
 
     def save(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "save_trained_model", save)
+    monkeypatch.setattr(train, name, save)
     MotePlugin().pre_model_load(DictDefault({"adapter": "mote", "output_dir": str(tmp_path)}))
     try:
         with pytest.raises(OSError, match=NO_ROOM.format("No space left on device", tmp_path)):
-            train.save_trained_model(DictDefault({"output_dir": str(tmp_path)}), None, None)
+            getattr(train, name)(DictDefault({"output_dir": str(tmp_path)}), None, None)
     finally:
         compat.undo_patches()
-    assert train.save_trained_model is save
+    assert getattr(train, name) is save
+
+
+def test_whoever_reads_the_configuration_may_read_the_weights(
+    tmp_path: Path, made: MoteTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In checkpoints, and at the end."""
+    from axolotl import train
+
+    def modes(folder: Path) -> set[int]:
+        return {(folder / name).stat().st_mode for name in (ADAPTER, "adapter_config.json")}
+
+    save(made)
+    assert len(modes(tmp_path / "checkpoint-0")) == 1
+    made.model.save_pretrained(tmp_path)
+    (tmp_path / ADAPTER).chmod(0o600)
+    (tmp_path / "adapter_config.json").chmod(0o640)
+    monkeypatch.setattr(train, "save_trained_model", lambda *_: None)
+    MotePlugin().pre_model_load(DictDefault({"adapter": "mote", "output_dir": str(tmp_path)}))
+    try:
+        train.save_trained_model(DictDefault({"output_dir": str(tmp_path)}), None, None)
+    finally:
+        compat.undo_patches()
+    assert {mode & 0o777 for mode in modes(tmp_path)} == {0o640}

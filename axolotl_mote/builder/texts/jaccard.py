@@ -9,8 +9,8 @@ Two exact bounds leave few sets to compare:
 
 Which elements are rare is estimated from the sets seen so far; it decides how fast a search is, not what it finds.
 
-A search goes through ``MOST_READ`` numbers, or those of the rarest element alone, so that a millionth set takes no
-longer than a hundred thousandth. Only where sets are made of few different elements, such as texts of 300 words, does
+A search goes through ``MOST_READ`` numbers, or those of the eight rarest elements, so that a millionth set takes about
+as long as a hundred thousandth. Only where sets are made of few different elements, such as texts of 300 words, does
 this cut the prefix: a similar set is then missed if it lacks nearly all of the rarest elements, of which it has 8 in 9
 on average at a threshold of 0.8.
 No text is known here: sets are sorted arrays of distinct uint64.
@@ -31,7 +31,10 @@ Ints = NDArray[np.int64]
 _Number = TypeVar("_Number", np.uint64, np.int64)
 
 MOST_READ = 100_000
-"""Numbers that one search goes through at most; about a millisecond."""
+"""Numbers that one search goes through at most, unless those of ``_FEWEST`` elements are more; about a millisecond."""
+
+_FEWEST = 8
+"""Elements that a search looks up at least."""
 
 _SLACK = 1e-6  # bounds are rounded to the safe side
 _COUNT_BITS = 20
@@ -108,14 +111,20 @@ class SetIndex:
         # Longer prefixes find far fewer sets that have little in common, unless they reach into what all sets share.
         if int(many[1].sum()) > 10 * int(few[1].sum()) + 100:
             many, more = few, 0
-        (starts, lengths), whole = many, len(many[1])
-        read = max(int(np.searchsorted(lengths.cumsum(), MOST_READ, side="right")), 1)
-        if read < whole:  # of a part of the prefix, a similar set has as large a share
-            starts, lengths, more = starts[:read], lengths[:read], more * read // whole
+        starts, lengths, ranks = many
+        fits = int(np.searchsorted(lengths.cumsum(), MOST_READ, side="right"))
+        if fits < len(lengths):
+            # Whole elements alone. Of a part of the prefix, a similar set has as large a share.
+            looked_up = max(int(ranks[fits]), _FEWEST)
+            more = more * looked_up // len(self._prefix(ordered, more))
+            starts, lengths = starts[ranks < looked_up], lengths[ranks < looked_up]
         return int(lengths.sum()), lambda: self._shared_by((starts, lengths), more)
 
-    def _spans(self, ordered: Set, more: int) -> tuple[Ints, Ints]:
-        """Where the postings are that a prefix longer by so many elements leads to, and their lengths."""
+    def _spans(self, ordered: Set, more: int) -> tuple[Ints, Ints, Ints]:
+        """Where the postings are that a prefix longer by so many elements leads to, their lengths, and whose they are.
+
+        The last are places in the prefix, ascending.
+        """
         t, size = self._threshold, len(ordered)
         prefix = self._prefix(ordered, more)
         rest = size - np.arange(len(prefix)) + more  # elements from this one on
@@ -123,7 +132,9 @@ class SetIndex:
         lowest = self._bucket(np.array([max(t * size - _SLACK, 1)]))
         buckets = np.maximum(self._bucket(np.maximum(largest, 1)) - lowest + 1, 0)
         slots = self._slots(np.repeat(prefix, buckets), _ranges(np.repeat(lowest, len(prefix)), buckets))
-        return self._postings.spans(slots)
+        starts, lengths = self._postings.spans(slots)
+        filled = lengths > 0
+        return starts[filled], lengths[filled], np.repeat(np.arange(len(prefix)), buckets)[filled]
 
     def _shared_by(self, spans: tuple[Ints, Ints], more: int) -> Ints:
         """The numbers that occur in the postings at least once, and once more for each element more on both sides."""
@@ -225,8 +236,6 @@ class _Postings:
 
     def spans(self, slots: Ints) -> tuple[Ints, Ints]:
         """Where the lists of the slots begin in the pool, and their lengths."""
-        lengths = self._length[slots]
-        slots = slots[lengths > 0]
         return self._start[slots], self._length[slots].astype(np.int64)
 
     def read(self, starts: Ints, lengths: Ints) -> NDArray[np.int32]:
