@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -202,17 +203,23 @@ class Forks(Run):
                 process.join()
 
 
+STARTING = threading.Lock()
+
+
 def start_server() -> None:
     """Start the process that forks, unless it runs."""
-    FORKS.set_forkserver_preload(["preload"])
-    before = dict(os.environ)
-    # Python 3.11 ignores sys.path when it preloads.
-    os.environ.update(environment() | {"PYTHONPATH": str(Path(__file__).parent)})
-    try:
-        forkserver.ensure_running()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    with STARTING:
+        if forkserver._forkserver._forkserver_pid is not None:
+            return
+        FORKS.set_forkserver_preload(["preload"])
+        before = dict(os.environ)
+        # Python 3.11 ignores sys.path when it preloads.
+        os.environ.update(environment() | {"PYTHONPATH": str(Path(__file__).parent)})
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def run_fork(args: list[str], log: Path, cwd: Path, variables: dict[str, str], worker: bool) -> None:

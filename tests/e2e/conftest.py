@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from .commands import BIN, Command, Forks, Result, Run, free_port, leave_nothing_running
+from .commands import BIN, Command, Forks, Result, Run, free_port, leave_nothing_running, start_server
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -184,6 +184,7 @@ def twelve_chains(tmp_path_factory: pytest.TempPathFactory, seed_chains: Path) -
 def workshop(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tied_model: Path, twelve_chains: Path, repo: Path
 ) -> Workshop:
+    start_server()  # before any thread and any test that changes the environment, which it inherits
     return Workshop(tmp_path_factory.mktemp("runs"), tiny_model, twelve_chains, repo, tied_model)
 
 
