@@ -9,10 +9,9 @@ Two exact bounds leave few sets to compare:
 
 Which elements are rare is estimated from the sets seen so far; it decides how fast a search is, not what it finds.
 
-A search goes through ``MOST_READ`` numbers, or those of the eight rarest elements, so that a millionth set takes about
-as long as a hundred thousandth. Only where sets are made of few different elements, such as texts of 300 words, does
-this cut the prefix: a similar set is then missed if it lacks nearly all of the rarest elements, of which it has 8 in 9
-on average at a threshold of 0.8.
+A search goes through ``MOST_READ`` numbers, or those of the eight rarest elements. Only where sets are made of few
+different elements, such as texts of 300 words, does this cut the prefix: a similar set is then missed if it lacks
+nearly all of the rarest elements, of which it has 8 in 9 on average at a threshold of 0.8.
 No text is known here: sets are sorted arrays of distinct uint64.
 """
 

@@ -41,7 +41,7 @@ def _composed(word: str) -> str:
 
 
 class SimilarTexts:
-    """Finds an earlier text that is nearly the same, in a time that is bounded however many there are.
+    """Finds an earlier text that is nearly the same, in a time that hardly depends on how many there are.
 
     Two texts are nearly the same if the Jaccard similarity of their sets of character 5-grams, normalized, reaches the
     threshold. Where a text has a context, such as the turns before it, the contexts must be nearly the same, too: what
