@@ -54,3 +54,10 @@ def test_the_matrix_says_what_is_known_of_a_family(
     (found,) = run_lines(session, ["family"])
     assert (found.verdict, found.key) == (verdict, key), found.text
     assert said in found.text
+
+
+def test_a_fault_of_the_configuration_is_found_by_its_line(open_session: Callable[..., Session]) -> None:
+    found = list(run_lines(open_session(lora_mlp_kernel=True), ["versions", "config", "family"]))
+    assert [finding.verdict for finding in found] == [OK, FAILED, NOT_TESTED]
+    assert found[1].key == "lora_mlp_kernel"
+    assert [name for name in LINES if name in ("config", "family")] == ["config", "family"]

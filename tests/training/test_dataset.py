@@ -261,6 +261,34 @@ def test_workers_change_nothing(codec: ChainCodec) -> None:
         assert part in said[0]
 
 
+def test_rows_that_other_code_has_encoded_are_encoded_again(
+    codec: ChainCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later version may find a fault in what an earlier one has left in the cache."""
+    from datasets import Dataset
+
+    from axolotl_mote.training import dataset
+
+    path = str(write(tmp_path / "c.jsonl", [row()]))
+
+    def encode() -> Any:
+        return encode_dataset(Dataset.from_json(path, cache_dir=str(tmp_path / "cache")), codec, 512)
+
+    first = encode()
+    assert first.cache_files == encode().cache_files != []
+    monkeypatch.setattr(dataset, "code_digest", lambda: "a later version")
+    assert first.cache_files != encode().cache_files
+
+
+def test_columns_of_the_data_are_not_taken_for_ours(codec: ChainCodec) -> None:
+    from datasets import ClassLabel, Dataset
+
+    data = Dataset.from_list([{**row(), "form": 0, "faults": 0}])
+    for name in ("form", "faults"):
+        data = data.cast_column(name, ClassLabel(names=["short", "long"]))
+    assert encode_dataset(data, codec, 512).to_list() == [codec.encode_chain(row())]
+
+
 def test_a_file_is_checked_once_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from axolotl_mote.training import dataset
     from axolotl_mote.training.plugin import MotePlugin

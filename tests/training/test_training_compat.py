@@ -225,6 +225,21 @@ def test_gloo_is_chosen_where_accelerate_finds_no_back_end(monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("two_cpu_processes")
+def test_no_driver_is_asked_whether_gpus_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA build of torch raises an error where there is none."""
+    from axolotl.utils import trainer
+
+    def ask() -> bool:
+        raise RuntimeError("Found no NVIDIA driver on your system.")
+
+    monkeypatch.setattr(trainer, "check_cuda_p2p_ib_support", ask)
+    with pytest.raises(RuntimeError, match="no NVIDIA driver"):
+        trainer.prepare_optim_env(DictDefault({}))
+    compat.enable_gloo_for_cpu_processes(deepspeed=False)
+    trainer.prepare_optim_env(DictDefault({}))
+
+
+@pytest.mark.usefixtures("two_cpu_processes")
 def test_every_process_keeps_its_model_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def place(self: Any) -> None:
         self.model_kwargs["device_map"] = {"": 1}
