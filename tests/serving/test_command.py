@@ -149,8 +149,8 @@ def test_refusals_are_one_line_with_the_way_out(folder, tmp_path):
     shutil.copytree(folder, other)
     (other / "adapter/adapter_config.json").write_text(json.dumps(config))
     for arguments, message in [
-        ([str(tmp_path)], "DIR must be a folder that `axolotl mote export --format vllm` wrote"),
-        ([str(folder), "--reasoning-parser", "qwen3"], "--reasoning-parser must be left to `axolotl mote serve`"),
+        ([str(tmp_path)], "DIR must be a folder that `axolotl-mote export --format vllm` wrote"),
+        ([str(folder), "--reasoning-parser", "qwen3"], "--reasoning-parser must be left to `axolotl-mote serve`"),
         ([str(folder), "--no-enable-lora"], "--no-enable-lora must be left to"),
         ([str(folder), "--chat-template", "x.jinja"], "--chat-template must be left to"),
         ([str(folder), "--name", "x"], "--name must stand before DIR"),
