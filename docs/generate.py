@@ -334,8 +334,8 @@ def configuration() -> str:
             "| `sequence_len` | longer chains are dropped and counted, never cut |",
             "| `lora_model_dir` | trains this adapter further |",
             "| `load_in_4bit`, `load_in_8bit` | quantize the base model; the adapter stays in full precision |",
-            "| `dataset_prepared_path` | one folder per content of the data files, the tokenizer, the chat template and "
-            "the code that encodes chains, so changes are noticed; it records which files have been checked |",
+            "| `dataset_prepared_path` | one folder per content of the data files, the tokenizer, the chat template "
+            "and the code that encodes chains, so changes are noticed; it records which files have been checked |",
             "| `torch_compile`, and its `backend`, `mode`, `options` | each decoder layer is compiled on its own |",
             "| `chat_template` | `axolotl inference` defaults to `tokenizer_default` |",
             "| `chat_template_kwargs` | variables of the chat template, such as `{enable_thinking: false}`; they are "
